@@ -1,0 +1,1 @@
+"""What the speed of the package is measured with and against."""

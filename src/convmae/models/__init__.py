@@ -1,0 +1,1 @@
+"""The networks: encoder, autoencoder, classifier, and the table of their sizes."""

@@ -1,0 +1,50 @@
+"""The transformer block, and the one place that chooses how attention is computed.
+
+Shape letters: B sequences, N tokens, C channels, h heads.
+"""
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention, fused where that is faster. All (B, h, N, C / h)."""
+    if query.device.type == "cpu" and query.dtype is not torch.float32:
+        # Measured (docs/performance.md): in bf16 torch's fused CPU kernel is several times slower than this.
+        weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+        return weights.softmax(dim=-1) @ value
+    return scaled_dot_product_attention(query, key, value)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens: (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3C) -> (B, N, 3, h, C / h)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        x = attend(query, key, value).transpose(1, 2).flatten(2)  # (B, h, N, C / h) -> (B, N, C)
+        return self.proj(x)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block: (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))

@@ -1,0 +1,216 @@
+"""The encoder: two stages of depthwise-convolution blocks at strides 4 and 8, then a transformer at stride 16.
+
+One set of weights, two ways through it. Dense maps (B, H, W, C) hold every cell; packed maps (B, K, s, s, C) hold only the
+cells of visible tokens (see `convmae.packing`). All layers but one work on the last axes alone, so the same code serves
+both; only the depthwise convolution looks at neighbours and is told which way it is on.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, Mlp, build_sincos2d_pos_embed, resample_abs_pos_embed_nhwc
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from convmae.errors import UserError
+from convmae.masking import Grid
+from convmae.models.attention import TransformerBlock
+from convmae.ops.masked_depthwise import masked_depthwise, masked_depthwise_dense
+from convmae.packing import Packing
+
+PATCH = 16  # pixels along the side of a stage-3 token
+CELLS = 4  # stage-1 cells along the side of a stage-3 token
+
+Where = Packing | Tensor | None
+"""Which way a map is on. Packing: packed. (B, H, W) bool: dense, True = visible. None: dense, all visible."""
+
+
+class Downsample(nn.Module):
+    """A convolution whose stride is its size, then LayerNorm and GELU: (..., h, w, C) -> (..., h / f, w / f, D).
+
+    Such a convolution is a matrix product over blocks of f x f cells; its weight is (D, f*f*C) in (row, column, channel)
+    order. On packed maps h and w are the cells of one token.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.proj = nn.Linear(factor * factor * in_channels, out_channels)
+        self.norm = nn.LayerNorm(out_channels, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(self.norm(self.proj(merge_cells(x, self.factor))))
+
+
+def merge_cells(x: Tensor, factor: int) -> Tensor:
+    """Stack each block of cells into one longer cell: (..., h, w, C) -> (..., h / f, w / f, f*f*C)."""
+    x = x.unflatten(-2, (-1, factor)).unflatten(-4, (-1, factor))  # (..., h / f, f, w / f, f, C)
+    return x.transpose(-4, -3).flatten(-3)
+
+
+class DepthwiseConv(nn.Module):
+    """The weights of a depthwise convolution with an odd kernel; `forward` picks the dense or the packed form."""
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        like = nn.Conv2d(channels, channels, kernel_size, groups=channels)  # for torch's initialisation
+        self.weight = like.weight  # (C, 1, k, k)
+        self.bias = like.bias
+
+    def forward(self, x: Tensor, where: Where) -> Tensor:
+        if isinstance(where, Packing):
+            return masked_depthwise(x, self.weight, self.bias, where)
+        return masked_depthwise_dense(x, self.weight, self.bias, where)
+
+
+class ConvBlock(nn.Module):
+    """x + pw2(depthwise(mask * pw1(norm(x)))), then x + MLP(norm(x)); pw1 and pw2 are pointwise (section 3.1).
+
+    Maps are dense (B, H, W, C) or packed (B, K, s, s, C), as `where` says.
+    """
+
+    def __init__(
+        self, channels: int, kernel_size: int = 5, mlp_ratio: float = 4.0, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels, eps=1e-5)
+        self.pointwise1 = nn.Linear(channels, channels)
+        self.depthwise = DepthwiseConv(channels, kernel_size)
+        self.pointwise2 = nn.Linear(channels, channels)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-5)
+        self.mlp = Mlp(channels, int(channels * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, where: Where = None) -> Tensor:
+        y = self.depthwise(self.pointwise1(self.norm1(x)), where)
+        x = x + self.drop_path(self.pointwise2(y))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stages(NamedTuple):
+    """Maps of the three stages, dense (B, H / f, W / f, C) or packed (B, K, s, s, C).
+
+    `stage3` is the input of the transformer, before the position embedding.
+    """
+
+    stage1: Tensor
+    stage2: Tensor
+    stage3: Tensor
+
+
+class ConvViT(nn.Module):
+    """The hybrid encoder: convolution stages 1 and 2, transformer stage 3 (section 3.1; defaults are the paper's base).
+
+    image_size: height and width in pixels, multiples of 16; it sets the grid of the position embedding, which is resized
+        for inputs of another size.
+    widths, depths: channels and blocks of the three stages. kernel_size: of the depthwise convolutions, odd.
+    drop_path: rate of the last block; it grows linearly from 0 at the first.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (224, 224),
+        in_channels: int = 3,
+        widths: Sequence[int] = (256, 384, 768),
+        depths: Sequence[int] = (2, 2, 11),
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        kernel_size: int = 5,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0 or kernel_size < 1:
+            raise UserError(f"kernel size {kernel_size} is not odd: choose 3, 5, 7 or 9")
+        if widths[2] % num_heads:
+            raise UserError(f"width {widths[2]} does not divide into {num_heads} heads: choose a divisor")
+        rates = torch.linspace(0, drop_path, sum(depths)).tolist()
+        rates1, rates2, rates3 = rates[: depths[0]], rates[depths[0] : -depths[2]], rates[-depths[2] :]
+
+        self.normalize = Normalize(in_channels)
+        self.downsample1 = Downsample(in_channels, widths[0], 4)
+        self.downsample2 = Downsample(widths[0], widths[1], 2)
+        self.downsample3 = Downsample(widths[1], widths[2], 2)
+        self.projection = nn.Linear(widths[2], widths[2])
+        self.pos_embed = nn.Parameter(sincos_pos_embed(grid_of(image_size), widths[2]), requires_grad=False)
+        self.stage1 = nn.ModuleList(ConvBlock(widths[0], kernel_size, mlp_ratio, rate) for rate in rates1)
+        self.stage2 = nn.ModuleList(ConvBlock(widths[1], kernel_size, mlp_ratio, rate) for rate in rates2)
+        self.stage3 = nn.ModuleList(TransformerBlock(widths[2], num_heads, mlp_ratio, rate) for rate in rates3)
+
+    def convolve(self, x: Tensor, where1: Where = None, where2: Where = None) -> Stages:
+        """The part before the transformer: pixels, dense (B, H, W, C) or packed (B, K, 16, 16, C), to three maps.
+
+        `where1` and `where2` say which cells the convolutions of stages 1 and 2 may see.
+        """
+        stage1 = self._stage(self.downsample1(x), self.stage1, where1)
+        stage2 = self._stage(self.downsample2(stage1), self.stage2, where2)
+        return Stages(stage1, stage2, self.projection(self.downsample3(stage2)))
+
+    def transform(self, tokens: Tensor) -> Tensor:
+        """The transformer blocks over any set of tokens, positions added: (B, N, C) -> (B, N, C)."""
+        for block in self.stage3:
+            tokens = block(tokens)
+        return tokens
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The dense way without masks: images (B, C, H, W), uint8 or normalised float -> (B, H / 16, W / 16, C3)."""
+        x = self.convolve(self.normalize(images).permute(0, 2, 3, 1)).stage3
+        x = x + resized_pos_embed(self.pos_embed, grid_of(images.shape[-2:]))
+        return self.transform(x.flatten(1, 2)).view(x.shape)
+
+    @staticmethod
+    def _stage(x: Tensor, blocks: nn.ModuleList, where: Where) -> Tensor:
+        for block in blocks:
+            x = block(x, where)
+        # A masked cell must not be merged with visible ones by the next, strided layer. (Where whole tokens are masked no
+        # layer merges the two, and packed maps hold no masked cell.)
+        return x * where[..., None] if isinstance(where, Tensor) else x
+
+
+class Normalize(nn.Module):
+    """uint8 images (B, C, H, W) to float, less the mean and divided by the standard deviation; float images pass through.
+
+    Three channels take ImageNet's statistics, other numbers of channels 0.5 and 0.5.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        three = in_channels == 3
+        mean = IMAGENET_DEFAULT_MEAN if three else [0.5] * in_channels
+        std = IMAGENET_DEFAULT_STD if three else [0.5] * in_channels
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype is not torch.uint8:
+            return images
+        return (images / 255 - self.mean) / self.std
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Normalised images back to colours in [0, 1]."""
+        return (images * self.std + self.mean).clamp(0, 1)
+
+
+def grid_of(image_size: Sequence[int]) -> Grid:
+    """Tokens along height and width for an image size in pixels. Raises UserError unless both are multiples of 16."""
+    height, width = image_size
+    if height < PATCH or width < PATCH or height % PATCH or width % PATCH:
+        raise UserError(f"image size {height}x{width} is not divisible by {PATCH}: choose multiples of {PATCH}")
+    return height // PATCH, width // PATCH
+
+
+def sincos_pos_embed(grid: Grid, width: int) -> Tensor:
+    """Fixed 2-D sine-cosine position embedding, (1, H, W, C): first half from the column, second half from the row."""
+    if width % 4:
+        raise UserError(f"width {width} is not divisible by 4, as the position embedding needs: choose a multiple of 4")
+    by_row, by_column = build_sincos2d_pos_embed(list(grid), width, interleave_sin_cos=True).chunk(2, dim=1)
+    return torch.cat([by_column, by_row], dim=1).view(1, *grid, width)
+
+
+def resized_pos_embed(pos_embed: Tensor, grid: Grid) -> Tensor:
+    """A position embedding (1, H, W, C) resized bicubically to another grid."""
+    return resample_abs_pos_embed_nhwc(pos_embed, list(grid))

@@ -1,0 +1,104 @@
+"""Packed maps: a dense map with the cells of invisible tokens left out.
+
+A token at stage 3 covers a square of `s x s` cells at an earlier stage (s = 16 for pixels, 4 and 2 for stages 1 and 2,
+1 for stage 3 itself):
+
+    dense (B, H*s, W*s, C)                packed (B, K, s, s, C)
+    +----+----+----+
+    | 0  |    | 1  |                      +----+----+----+
+    +----+----+----+      pack ->         | 0  | 1  | 2  |     K visible tokens, in row-major order
+    |    | 2  |    |      <- unpack       +----+----+----+
+    +----+----+----+                      (unpacking leaves zeros at masked cells)
+
+Shape letters: B images, H x W the grid of tokens, K visible tokens an image, s cells along a token's side, C channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convmae.errors import UserError
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The visible tokens of a batch, and the way from dense to packed maps and back.
+
+    visible: (B, H, W) bool, True = visible.
+    index: (B, K) int64, the visible tokens of each image in row-major order.
+    """
+
+    visible: Tensor
+    index: Tensor
+
+    @classmethod
+    def of(cls, visible: Tensor, count: int | None = None) -> "Packing":
+        """Index the visible tokens of `visible` (B, H, W).
+
+        `count` is K where the caller knows it; without it K is read from the map, which waits for the device, and the
+        map is checked. Raises UserError if the images differ in their number of visible tokens or show none.
+        """
+        if count is None:
+            counts = visible.flatten(1).sum(1)
+            count = int(counts[0])
+            if count == 0 or bool((counts != count).any()):
+                raise UserError("every image of a batch needs the same number of visible tokens, at least one")
+        # A stable sort of "is masked" lists the visible tokens first, in row-major order, without a data-dependent size.
+        index = (~visible.flatten(1)).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+        return cls(visible, index)
+
+    def cells(self, side: int) -> Tensor:
+        """Row number of every visible cell in a dense map with `side` cells a token, flattened to (B*H*s*W*s, C).
+
+        Returns (B*K*s*s,) int64 in the order of the packed map.
+        """
+        batch, height, width = self.visible.shape
+        offset = torch.arange(side, device=self.index.device)
+        image = torch.arange(batch, device=self.index.device)[:, None]
+        row = (image * height + self.index // width)[..., None] * side + offset  # (B, K, s)
+        column = (self.index % width)[..., None] * side + offset  # (B, K, s)
+        return (row[..., :, None] * (width * side) + column[..., None, :]).flatten()  # (B, K, s, s) -> (B*K*s*s,)
+
+    def pack(self, dense: Tensor) -> Tensor:
+        """(B, H*s, W*s, C) -> (B, K, s, s, C): take out the visible tokens' cells."""
+        side = dense.shape[1] // self.visible.shape[1]
+        rows = _TakeRows.apply(dense.flatten(0, 2), self.cells(side))
+        return rows.view(*self.index.shape, side, side, dense.shape[-1])
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """(B, K, s, s, C) -> (B, H*s, W*s, C): put the cells back on a map of zeros."""
+        side, channels = packed.shape[-2:]
+        batch, height, width = self.visible.shape
+        shape = (batch, height * side, width * side, channels)
+        rows = _PutRows.apply(packed.flatten(0, 3), self.cells(side), shape[0] * shape[1] * shape[2])
+        return rows.view(shape)
+
+
+class _TakeRows(torch.autograd.Function):
+    """Rows of a matrix by distinct numbers. The gradient is a copy, where autograd's own would be a slower sum."""
+
+    @staticmethod
+    def forward(ctx, matrix: Tensor, rows: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(rows)
+        ctx.length = matrix.shape[0]
+        return matrix.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        (rows,) = ctx.saved_tensors
+        return _PutRows.apply(gradient, rows, ctx.length), None
+
+
+class _PutRows(torch.autograd.Function):
+    """Rows put at distinct numbers of a matrix of zeros; the inverse and the gradient of _TakeRows."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, rows: Tensor, length: int) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(rows)
+        return values.new_zeros(length, values.shape[1]).index_copy_(0, rows, values)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        (rows,) = ctx.saved_tensors
+        return _TakeRows.apply(gradient, rows), None, None

@@ -1,0 +1,217 @@
+"""Weights files: any wrapping to a clean state dict, published names to ours and back, sizes from shapes, safetensors.
+
+Files and names only; `convmae.models.registry` builds the models. A strided or pointwise convolution of the published
+code is a matrix product here, so its weight changes shape along with its name: (D, C, f, f) <-> (D, f*f*C).
+"""
+
+import argparse
+import json
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from convmae.errors import UserError
+
+StateDict = dict[str, Tensor]
+
+MODEL_FILE = "model.safetensors"
+_CONFIG_KEY = "convmae"
+
+# Published name -> our name, up to the block number in the middle and `.weight` or `.bias` at the end.
+_NAMES = [
+    ("patch_embed{1,2,3}.", "encoder.downsample{1,2,3}."),
+    ("patch_embed4.", "encoder.projection."),
+    ("blocks{1,2}.*.conv1.", "encoder.stage{1,2}.*.pointwise1."),
+    ("blocks{1,2}.*.attn.", "encoder.stage{1,2}.*.depthwise."),
+    ("blocks{1,2}.*.conv2.", "encoder.stage{1,2}.*.pointwise2."),
+    ("blocks{1,2,3}.", "encoder.stage{1,2,3}."),
+    ("pos_embed", "encoder.pos_embed"),
+    ("stage1_output_decode.", "project1."),
+    ("stage2_output_decode.", "project2."),
+    ("decoder_embed.", "decoder.embed."),
+    ("decoder_pos_embed", "decoder.pos_embed"),
+    ("decoder_blocks.", "decoder.blocks."),
+    ("decoder_norm.", "decoder.norm."),
+    ("decoder_pred.", "decoder.prediction."),
+    ("mask_token", "decoder.mask_token"),
+]
+
+
+def _rules(source: int) -> list[tuple[re.Pattern, str]]:
+    """The table above as regular expressions, read from column `source` to the other one."""
+    rules = []
+    for pair in _NAMES:
+        pattern = re.escape(pair[source]).replace(r"\*", r"(?P<block>\d+)")
+        pattern = re.sub(r"\\{([\d,]+)\\}", lambda m: f"(?P<stage>[{m[1].replace(',', '')}])", pattern)
+        target = re.sub(r"{[\d,]+}", r"\\g<stage>", pair[1 - source]).replace("*", r"\g<block>")
+        rules.append((re.compile(pattern), target))
+    return rules
+
+
+_TO_OURS, _TO_PUBLISHED = _rules(0), _rules(1)
+
+
+def _renamed(name: str, rules: list[tuple[re.Pattern, str]]) -> str:
+    for pattern, target in rules:
+        match = pattern.match(name)
+        if match:
+            return match.expand(target) + name[match.end() :]
+    return name
+
+
+def is_published(state: Mapping[str, Tensor]) -> bool:
+    """Whether the names are those of the published code."""
+    return "patch_embed1.proj.weight" in state
+
+
+def from_published(state: Mapping[str, Tensor]) -> StateDict:
+    """Published names and shapes to ours. Other names pass through unchanged."""
+    ours = {}
+    for name, value in state.items():
+        target = _renamed(name, _TO_OURS)
+        if value.ndim == 4 and not target.endswith("depthwise.weight"):
+            value = value.permute(0, 2, 3, 1).flatten(1)  # (D, C, f, f) -> (D, f*f*C)
+        elif target.endswith("pos_embed"):
+            side = math.isqrt(value.shape[1])
+            if side * side != value.shape[1]:
+                raise UserError(f"position embedding '{name}' with {value.shape[1]} tokens is not square: cannot be loaded")
+            value = value.unflatten(1, (side, side))  # (1, L, C) -> (1, H, W, C)
+        ours[target] = value.contiguous()
+    return ours
+
+
+def to_published(state: Mapping[str, Tensor]) -> StateDict:
+    """Our names and shapes to the published ones, so that the authors' code can load them. Other names pass through."""
+    published = {}
+    for name, value in state.items():
+        target = _renamed(name, _TO_PUBLISHED)
+        side = _convolution_side(name)
+        if side:
+            value = value.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)  # (D, f*f*C) -> (D, C, f, f)
+        elif name.endswith("pos_embed"):
+            value = value.flatten(1, 2)
+        published[target] = value.contiguous()
+    return published
+
+
+def _convolution_side(name: str) -> int:
+    """Kernel size of the published convolution behind one of our matrices; 0 where the layer was linear already."""
+    sides = {
+        r"encoder\.downsample1\.proj\.weight|project1\.weight": 4,
+        r"encoder\.downsample[23]\.proj\.weight|project2\.weight": 2,
+        r"encoder\.stage[12]\.\d+\.(pointwise[12]|mlp\.fc[12])\.weight": 1,
+    }
+    return next((side for pattern, side in sides.items() if re.fullmatch(pattern, name)), 0)
+
+
+def read(path: str | Path) -> tuple[StateDict, dict[str, Any]]:
+    """Read a weights file, whatever its wrapping, under our names.
+
+    path: a safetensors file, a torch pickle (bare, or under `model`, `state_dict`; names with or without `module.`), a
+        checkpoint folder or a run folder (its newest checkpoint). Published and own names both work.
+
+    Returns the state dict and what the file says of its model: our own files hold every setting of the model,
+    published ones at most `norm_pix`. Raises UserError for a missing, damaged or foreign file, and for a pickle that
+    holds any code but `argparse.Namespace`.
+    """
+    path = locate(Path(path))
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        forbidden = re.search(r"(?:GLOBAL|global)\s+[`']?([\w.]+)", str(error))
+        reason = f"holds code ({forbidden[1]})" if forbidden else "is damaged or no weights file"
+        raise UserError(f"{path} {reason}, refused: save plain tensors, or safetensors") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged or no weights file: download or save it again") from error
+    return unwrap(content, str(path))
+
+
+def unwrap(content: Any, origin: str = "the state dict") -> tuple[StateDict, dict[str, Any]]:
+    """Take the state dict out of any usual wrapping and give it our names; see `read`."""
+    facts: dict[str, Any] = {}
+    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+        arguments = content.get("args")
+        if isinstance(arguments, argparse.Namespace) and hasattr(arguments, "norm_pix_loss"):
+            facts["norm_pix"] = bool(arguments.norm_pix_loss)
+        content = next((content[key] for key in ("model", "state_dict") if key in content), None)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{origin} holds no weights: expected a state dict, or one under 'model' or 'state_dict'")
+    prefix = re.compile(r"^(module\.|_orig_mod\.|weights\.)+")
+    state = {prefix.sub("", name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if is_published(state):
+        state = from_published(state)
+    if "encoder.downsample1.proj.weight" not in state:
+        raise UserError(f"{origin} is no ConvMAE: it lacks the encoder's first layer; pass a ConvMAE weights file")
+    return state, facts
+
+
+def locate(path: Path) -> Path:
+    """The weights file that a path means: itself, the one in a checkpoint folder, or in a run's newest checkpoint."""
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UserError(f"no weights at {path}: check the path")
+    if (path / MODEL_FILE).is_file():
+        return path / MODEL_FILE
+    newest = sorted(path.glob(f"checkpoints/step-*/{MODEL_FILE}"))
+    if not newest:
+        raise UserError(f"no {MODEL_FILE} in {path} or its checkpoints: pass a weights file or a run folder")
+    return newest[-1]
+
+
+def save(path: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write our own format: safetensors, with the model's settings as JSON in the header."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    save_file(tensors, path, metadata={"format": "pt", _CONFIG_KEY: json.dumps(dict(config))})
+
+
+def save_published(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Write a torch file under the published names, as the authors' code reads it (`{"model": ...}`)."""
+    torch.save({"model": to_published({name: value.detach().cpu() for name, value in state.items()})}, path)
+
+
+def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {}).get(_CONFIG_KEY, "{}"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: download or save it again") from error
+    state, facts = unwrap(state, str(path))
+    return state, facts | config
+
+
+def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The settings of a model that its tensors' shapes tell; heads are not among them."""
+
+    def depth(part: str) -> int:
+        return 1 + max(int(m[1]) for name in state if (m := re.match(rf"{re.escape(part)}\.(\d+)\.", name)))
+
+    widths = tuple(state[f"encoder.downsample{stage}.proj.bias"].shape[0] for stage in (1, 2, 3))
+    grid = state["encoder.pos_embed"].shape[1:3]
+    found: dict[str, Any] = {
+        "image_size": (16 * grid[0], 16 * grid[1]),
+        "in_channels": state["encoder.downsample1.proj.weight"].shape[1] // 16,
+        "widths": widths,
+        "depths": tuple(depth(f"encoder.stage{stage}") for stage in (1, 2, 3)),
+        "mlp_ratio": state["encoder.stage3.0.mlp.fc1.bias"].shape[0] / widths[2],
+        "kernel_size": state["encoder.stage1.0.depthwise.weight"].shape[-1],
+    }
+    if "decoder.mask_token" in state:
+        found["decoder_width"] = state["decoder.mask_token"].shape[-1]
+        found["decoder_depth"] = depth("decoder.blocks")
+        found["multi_scale"] = "project1.weight" in state
+    elif "head.weight" in state:
+        found["num_classes"] = state["head.weight"].shape[0]
+    return found
