@@ -48,17 +48,20 @@ class Packing:
         index = (~visible.flatten(1)).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
         return cls(visible, index)
 
-    def cells(self, side: int) -> Tensor:
+    def cells(self, side: int, margin: int = 0) -> Tensor:
         """Row number of every visible cell in a dense map with `side` cells a token, flattened to (B*H*s*W*s, C).
 
-        Returns (B*K*s*s,) int64 in the order of the packed map.
+        `margin` counts the cells by which the map is padded on each of its four sides. Returns (B*K*s*s,) int64 in the
+        order of the packed map.
         """
         batch, height, width = self.visible.shape
         offset = torch.arange(side, device=self.index.device)
-        image = torch.arange(batch, device=self.index.device)[:, None]
-        row = (image * height + self.index // width)[..., None] * side + offset  # (B, K, s)
-        column = (self.index % width)[..., None] * side + offset  # (B, K, s)
-        return (row[..., :, None] * (width * side) + column[..., None, :]).flatten()  # (B, K, s, s) -> (B*K*s*s,)
+        image = torch.arange(batch, device=self.index.device)[:, None, None]
+        row = (self.index // width)[..., None] * side + offset + margin  # (B, K, s)
+        row = row + image * (height * side + 2 * margin)
+        column = (self.index % width)[..., None] * side + offset + margin  # (B, K, s)
+        row_length = width * side + 2 * margin
+        return (row[..., :, None] * row_length + column[..., None, :]).flatten()  # (B, K, s, s) -> (B*K*s*s,)
 
     def pack(self, dense: Tensor) -> Tensor:
         """(B, H*s, W*s, C) -> (B, K, s, s, C): take out the visible tokens' cells."""

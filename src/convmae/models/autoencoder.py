@@ -72,7 +72,10 @@ class ConvMAE(nn.Module):
             raise UserError("masks drawn at stage 1 need masked convolutions and no complementary sets: drop one option")
         if grid == (1, 1):
             raise UserError(f"image size {size[0]}x{size[1]} has a single token, nothing can be masked: choose a larger one")
-        visible_count(grid[0] * grid[1], mask_ratio)  # raises if the ratio is out of range
+        # Both raise if the setting is out of range, here rather than in the first step.
+        visible_count(grid[0] * grid[1], mask_ratio)
+        if complementary_sets:
+            complementary_visible(1, grid, complementary_sets)
         self.mask_ratio = mask_ratio
         self.complementary_sets = complementary_sets
         self.mask_stage = mask_stage
@@ -122,6 +125,10 @@ class ConvMAE(nn.Module):
         sight = self._pixelwise(visible, patches)
         mixed = torch.where(sight, patches, prediction)
         return self.encoder.normalize.undo(_unpatchify(mixed, images.shape[-2:]))
+
+    def draw_visible(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One visible map for each of `images` (B, C, H*16, W*16), as training draws them; of several sets, the first."""
+        return self._mask(images, None, generator)[0][: images.shape[0]]
 
     def patchify(self, images: Tensor) -> Tensor:
         """Images (B, C, H*16, W*16), uint8 or normalised -> normalised patches (B, L, 16, 16, C)."""

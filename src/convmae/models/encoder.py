@@ -125,7 +125,7 @@ class ConvViT(nn.Module):
             raise UserError(f"kernel size {kernel_size} is not odd: choose 3, 5, 7 or 9")
         if widths[2] % num_heads:
             raise UserError(f"width {widths[2]} does not divide into {num_heads} heads: choose a divisor")
-        rates = torch.linspace(0, drop_path, sum(depths)).tolist()
+        rates = [drop_path * block / max(sum(depths) - 1, 1) for block in range(sum(depths))]
         rates1, rates2, rates3 = rates[: depths[0]], rates[depths[0] : -depths[2]], rates[-depths[2] :]
 
         self.normalize = Normalize(in_channels)

@@ -1,11 +1,12 @@
 """The depthwise convolution that sees masked positions as zeros: the only layer that mixes neighbouring cells.
 
-The definition is `masked_depthwise_dense`: multiply the map by the mask, then convolve. `masked_depthwise` gives the same
-numbers at the visible cells of a packed map. Shape letters: see `convmae.packing`; k is the kernel size.
+`masked_depthwise_dense` is the definition: multiply a dense map by the mask, then convolve. `masked_depthwise` gives the
+same numbers, gradients included, on packed maps. Shape letters as in `convmae.packing`; k is the kernel size.
 """
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, pad
 
 from convmae.packing import Packing
@@ -19,10 +20,7 @@ def masked_depthwise_dense(x: Tensor, weight: Tensor, bias: Tensor, visible: Ten
     """
     if visible is not None:
         x = x * visible[..., None].to(x.dtype)
-    channels, size = weight.shape[0], weight.shape[-1]
-    # The permutations only rename the axes: the memory stays channels-last, the faster layout of this convolution.
-    x = conv2d(x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype), padding=size // 2, groups=channels)
-    return x.permute(0, 2, 3, 1)
+    return _convolve(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
 def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, packing: Packing) -> Tensor:
@@ -30,4 +28,47 @@ def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, packing: Packing) 
 
     x: (B, K, s, s, C). weight: (C, 1, k, k), k odd. bias: (C,). Returns (B, K, s, s, C).
     """
-    return packing.pack(masked_depthwise_dense(packing.unpack(x), weight, bias))
+    return _MaskedDepthwise.apply(x, weight.to(x.dtype), bias.to(x.dtype), packing.visible, packing.index)
+
+
+class _MaskedDepthwise(torch.autograd.Function):
+    """Unpack, convolve, pack. Autograd would keep the unpacked map; this keeps the packed one, and sums the weight's
+    gradient over visible cells only, where torch's own sums over all of them (5 to 10 times slower on a CPU)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+        packing = Packing(visible, index)
+        ctx.save_for_backward(x, weight, visible, index)
+        return packing.pack(_convolve(packing.unpack(x), weight, bias))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        x, weight, visible, index = ctx.saved_tensors
+        packing = Packing(visible, index)
+        # The gradient of a convolution with stride 1 is the convolution with the kernel turned by 180 degrees.
+        of_x = packing.pack(_convolve(packing.unpack(gradient), weight.flip(2, 3), None))
+        return of_x, _weight_gradient(x, gradient, weight, packing), gradient.flatten(0, 3).sum(0), None, None
+
+
+def _weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, packing: Packing) -> Tensor:
+    """Sum, over visible cells, of the cell's gradient times each of its k x k neighbours: (C, 1, k, k)."""
+    side, size, margin = x.shape[2], weight.shape[-1], weight.shape[-1] // 2
+    padded = pad(packing.unpack(x), (0, 0, margin, margin, margin, margin))
+    rows = packing.cells(side, margin)
+    gradient = gradient.reshape(rows.numel(), -1)  # (B, K, s, s, C) -> (B*K*s*s, C)
+    shifts = [row * padded.shape[2] + column - margin * (padded.shape[2] + 1) for row in range(size) for column in range(size)]
+    padded = padded.flatten(0, 2)
+    # One buffer for all shifts: on a CPU fresh memory costs more than the arithmetic.
+    neighbour = torch.empty_like(gradient)
+    sums = []
+    for shift in shifts:
+        torch.index_select(padded, 0, rows + shift, out=neighbour)
+        sums.append(neighbour.mul_(gradient).sum(0))
+    return torch.stack(sums, dim=1).view_as(weight)  # (C, k*k) -> (C, 1, k, k)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, H, W, C) -> (B, H, W, C). The permutations only rename axes: channels-last is the faster layout here."""
+    y = conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    return y.permute(0, 2, 3, 1)

@@ -1,0 +1,39 @@
+"""Peak memory of a stretch of work: the allocator's own count on a GPU, the process's resident memory on a CPU."""
+
+import gc
+from pathlib import Path
+
+import torch
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Between `start` and `stop`, how far memory rose above where it was at the start, in bytes.
+
+    On a CPU this needs Linux; elsewhere `stop` returns nan.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def start(self) -> None:
+        """Reset the peak."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        elif _RESET.exists():
+            _RESET.write_text("5")  # the kernel's way to set the high-water mark to the present size
+            self._before = _resident("VmRSS")
+
+    def stop(self) -> float:
+        """Bytes by which the peak since `start` is above the memory at `start`."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return _resident("VmHWM") - self._before if _RESET.exists() else float("nan")
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,189 @@
+"""`convmae info`: what a model weighs and costs."""
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from convmae.masking import visible_count
+from convmae.models.autoencoder import ConvMAE
+from convmae.models.registry import create_autoencoder, create_classifier
+
+# Rows of the table -> the modules whose arithmetic and parameters they count.
+PARTS = {
+    "stage 1": ("encoder.downsample1", "encoder.stage1"),
+    "stage 2": ("encoder.downsample2", "encoder.stage2"),
+    "stage 3": ("encoder.downsample3", "encoder.projection", "encoder.stage3"),
+    "multi-scale projections": ("project1", "project2"),
+    "decoder": ("decoder",),
+}
+
+
+@dataclass(frozen=True)
+class Info:
+    """What `info` prints. GMAC: billions of multiply-accumulates, forward, one image."""
+
+    parameters: dict[str, int]
+    """Of each part, of the encoder, of the whole autoencoder, and of a classifier with 1000 classes."""
+    gmac_visible: dict[str, float]
+    """Of each part and in total, computing only visible cells: what pretraining does."""
+    gmac_dense: dict[str, float]
+    """The same with dense convolution stages: the published formulation."""
+    ratios: dict[str, float]
+    """Total GMAC of the paper's ablations over the dense total."""
+    state_bytes: int
+    """Weights, gradients and AdamW's two moments, in float32."""
+    activation_bytes: int
+    """Kept for the backward pass for each image of a batch, in float32; about half in bf16."""
+
+
+def info(
+    model: str = "base",
+    image_size: int | tuple[int, int] = 224,
+    in_channels: int = 3,
+    mask_ratio: float = 0.75,
+    kernel_size: int = 5,
+    multi_scale: bool = True,
+) -> Info:
+    """Show parameters, arithmetic by part (dense and visible-only) and memory of a model.
+
+    Args:
+        model: size: tiny, small, base, large or huge.
+        image_size: pixels, one number or [height, width], multiples of 16.
+        in_channels: channels of the images.
+        mask_ratio: fraction of tokens masked, inside (0, 1).
+        kernel_size: of the depthwise convolutions.
+        multi_scale: fuse stages 1 and 2 into the latent (multi-scale decoder).
+    """
+    settings = {
+        "image_size": image_size,
+        "in_channels": in_channels,
+        "mask_ratio": mask_ratio,
+        "multi_scale": multi_scale,
+    }
+
+    def gmac(**changes) -> dict[str, float]:
+        return _gmac(_on_meta(model, **{**settings, "kernel_size": kernel_size, **changes}))
+
+    built = _on_meta(model, kernel_size=kernel_size, **settings)
+    parameters = {part: sum(map(_parameters, _modules(built, names))) for part, names in PARTS.items()}
+    parameters["encoder"] = _parameters(built.encoder)
+    parameters["autoencoder"] = _parameters(built)
+    with torch.device("meta"):
+        classifier = create_classifier(model, image_size=image_size, in_channels=in_channels, kernel_size=kernel_size)
+    parameters["classifier, 1000 classes"] = _parameters(classifier)
+    visible, dense = gmac(), gmac(dense=True)
+    ratios = {"random masks at stage 1": gmac(mask_stage=1)["total"] / dense["total"]}
+    for size in (3, 5, 7, 9):
+        if size != kernel_size:
+            ratios[f"depthwise kernel {size}x{size}"] = gmac(dense=True, kernel_size=size)["total"] / dense["total"]
+    result = Info(
+        parameters, visible, dense, ratios, 16 * _trained(built) + 4 * _frozen(built), _activation_bytes(built)
+    )
+    _print(result, model, image_size)
+    return result
+
+
+def _on_meta(model: str, **settings) -> ConvMAE:
+    """The model without memory: its shapes are all that counting needs."""
+    with torch.device("meta"):
+        return create_autoencoder(model, **settings)
+
+
+def _images(model: ConvMAE) -> torch.Tensor:
+    height, width = model.encoder.pos_embed.shape[1:3]
+    return torch.empty(1, model.encoder.normalize.mean.shape[0], 16 * height, 16 * width, device="meta")
+
+
+def _gmac(model: ConvMAE) -> dict[str, float]:
+    with FlopCounterMode(display=False) as counter:
+        visible = model(_images(model)).visible
+    by_module = {name: sum(counts.values()) / 2e9 for name, counts in counter.get_flop_counts().items()}
+    # The plain packed depthwise convolution runs over the zeros of masked cells too; only visible cells need it.
+    needless = 0.0 if model.dense else 1 - visible_count(visible[0].numel(), model.mask_ratio) / visible[0].numel()
+    found = {}
+    for part, names in PARTS.items():
+        # A list of blocks is never called itself: its blocks are, under `name.0`, `name.1`, ...
+        called = [f"ConvMAE.{name}" for name in names]
+        depth = {path: path.count(".") for path in called}
+        found[part] = sum(
+            value
+            for name, value in by_module.items()
+            for path in called
+            if name == path or (path not in by_module and name.startswith(path + ".") and name.count(".") == depth[path] + 1)
+        )
+        found[part] -= needless * sum(
+            value
+            for name, value in by_module.items()
+            if name.endswith(".depthwise") and name.startswith(tuple(f"{path}." for path in called))
+        )
+    found["total"] = sum(found.values())
+    return found
+
+
+def _activation_bytes(model: ConvMAE) -> int:
+    """Bytes that autograd keeps between forward and backward for one image, the parameters left out."""
+    kept: dict[int, torch.UntypedStorage] = {}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # holding it keeps its address from being given to another
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(_images(model))
+    del output
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _modules(model: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    return [module for name in names if (module := dict(model.named_modules()).get(name)) is not None]
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _frozen(module: nn.Module) -> int:
+    return _parameters(module) - _trained(module)
+
+
+def _print(result: Info, model: str, image_size: int | tuple[int, int]) -> None:
+    console = Console()
+    size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    table = Table(title=f"convmae {model}, {size[0]}x{size[1]}, one image forward", title_justify="left")
+    table.add_column("part")
+    for name in ("parameters (M)", "GMAC dense", "GMAC visible only"):
+        table.add_column(name, justify="right")
+    for part in PARTS:
+        dense, visible = result.gmac_dense[part], result.gmac_visible[part]
+        table.add_row(part, f"{result.parameters[part] / 1e6:.2f}", f"{dense:.2f}", f"{visible:.2f}")
+    table.add_section()
+    whole = result.parameters["autoencoder"] / 1e6
+    table.add_row("autoencoder", f"{whole:.2f}", f"{result.gmac_dense['total']:.2f}", f"{result.gmac_visible['total']:.2f}")
+    table.add_row("encoder alone", f"{result.parameters['encoder'] / 1e6:.2f}", "", "")
+    table.add_row("classifier, 1000 classes", f"{result.parameters['classifier, 1000 classes'] / 1e6:.2f}", "", "")
+    console.print(table)
+
+    ablations = Table(title="arithmetic of the paper's ablations, over dense", title_justify="left")
+    ablations.add_column("choice")
+    ablations.add_column("ratio", justify="right")
+    for name, ratio in result.ratios.items():
+        ablations.add_row(name, f"{ratio:.3f}x")
+    console.print(ablations)
+
+    state, each = result.state_bytes / 2**30, result.activation_bytes / 2**20
+    console.print(
+        f"memory of a training step, estimated: {state:.2f} GiB for weights, gradients and AdamW, and for each image "
+        f"{each:.0f} MiB in float32, about {each / 2:.0f} MiB in bf16"
+    )

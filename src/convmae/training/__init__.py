@@ -1,0 +1,1 @@
+"""How any model is trained: engine, loop, optimiser, checkpoints and the run's log."""

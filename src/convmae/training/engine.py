@@ -1,0 +1,65 @@
+"""Starts Lightning Fabric: devices, precision, one process or many, under torchrun and SLURM alike."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from lightning.fabric import Fabric
+
+from convmae.errors import UserError
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Where and in which precision to train."""
+
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device."""
+    devices: int | Literal["auto"] = "auto"
+    """Processes on this machine, one a device; auto: all GPUs, or one CPU process. torchrun and SLURM set it themselves."""
+    num_nodes: int = 1
+    """Machines."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """auto: bf16 autocast where the device computes it in hardware, else float32."""
+    workers: int = 4
+    """Processes that load images, for each training process; 0 loads in the training process."""
+
+
+def start_engine(options: EngineOptions) -> Fabric:
+    """Make and launch a Fabric. Raises UserError if the machine lacks the asked devices."""
+    devices, num_nodes = options.devices, options.num_nodes
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_nodes = int(os.environ["WORLD_SIZE"]) // devices
+    if options.accelerator == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device on this machine: use --engine.accelerator auto or cpu")
+    if options.accelerator == "mps" and not torch.backends.mps.is_available():
+        raise UserError("no MPS device on this machine: use --engine.accelerator auto or cpu")
+    on_gpu = options.accelerator in ("auto", "cuda") and torch.cuda.is_available()
+    if on_gpu and devices != "auto" and devices > torch.cuda.device_count():
+        raise UserError(f"{devices} devices asked, this machine has {torch.cuda.device_count()}: lower --engine.devices")
+    if options.workers < 0 or (devices != "auto" and devices < 1) or num_nodes < 1:
+        raise UserError("devices and num_nodes must be at least 1 and workers at least 0: check --engine")
+    fabric = Fabric(
+        accelerator=options.accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        precision="bf16-mixed" if options.precision == "bf16" or _prefers_bf16(options) else "32-true",
+    )
+    fabric.launch()
+    if fabric.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return fabric
+
+
+def _prefers_bf16(options: EngineOptions) -> bool:
+    """Whether `auto` means bf16: the device multiplies it in hardware."""
+    if options.precision != "auto":
+        return False
+    if options.accelerator in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if options.accelerator in ("auto", "mps") and torch.backends.mps.is_available():
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

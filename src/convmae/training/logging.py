@@ -1,0 +1,124 @@
+"""What a run tells while it goes: progress bar, `metrics.jsonl`, TensorBoard, and Weights & Biases by flag."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning.fabric.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from convmae.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    """What is written down, and how often."""
+
+    every_steps: int = 20
+    """Steps between two log lines; each is the mean since the one before."""
+    pictures_every_epochs: int = 10
+    """Epochs between two reconstruction pictures; 0 draws only the last."""
+    wandb: str | None = None
+    """Weights & Biases project; none by default."""
+
+
+class RunLog:
+    """Progress and metrics of one run in `folder`; silent unless `active` (the first process)."""
+
+    def __init__(self, folder: Path, options: LoggingOptions, active: bool = True) -> None:
+        self.folder = folder
+        self.active = active
+        self.console = Console(stderr=True, quiet=not active, highlight=False)
+        self._loggers: list = []
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+        if options.wandb is not None:
+            self._loggers.append(_wandb(options.wandb, folder))
+
+    def start(self, epochs: int, total_steps: int, step: int) -> None:
+        """Show the progress bar from `step` on."""
+        self._epochs = epochs
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+            disable=not self.active or not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=total_steps, completed=step, figures="")
+        self._total = total_steps
+        self._began = (time.monotonic(), step)
+        self._progress.start()
+
+    def advance(self, step: int, epoch: int) -> None:
+        """Move the bar to `step`."""
+        self._progress.update(self._task, completed=step, description=f"epoch {epoch + 1}/{self._epochs}")
+
+    def metrics(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Write the means since the last call: loss, lr, images_per_second, ..."""
+        if not self.active:
+            return
+        with (self.folder / METRICS_FILE).open("a") as file:
+            file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+        for logger in self._loggers:
+            logger.log_metrics(dict(values), step)
+        figures = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:.0f} images/s"
+        self._progress.update(self._task, figures=figures)
+        if not self.console.is_terminal:  # a log file gets lines instead of a bar
+            start, first = self._began
+            left = (time.monotonic() - start) / max(step - first, 1) * (self._total - step)
+            self.console.print(
+                f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._total}  {figures}  {_clock(left)} left", soft_wrap=True
+            )
+
+    def say(self, message: str, style: str | None = None) -> None:
+        """Print a line above the bar."""
+        self.console.print(message, style=style, markup=False, soft_wrap=True)
+
+    def finish(self) -> None:
+        """Close the bar and the loggers."""
+        if hasattr(self, "_progress"):
+            self._progress.stop()
+        for logger in self._loggers:
+            logger.finalize("success")
+
+    def summary(self, title: str, rows: Mapping[str, str]) -> None:
+        """Print the table that ends a run."""
+        table = Table(title=title, show_header=False, title_justify="left")
+        for name, value in rows.items():
+            table.add_row(name, value)
+        self.console.print(table)
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics file by step; where a resumed run wrote a step again, the later line."""
+    path = folder / METRICS_FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    by_step = {record["step"]: record for record in map(json.loads, lines)}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _wandb(project: str, folder: Path):
+    try:
+        from lightning.pytorch.loggers import WandbLogger
+
+        return WandbLogger(project=project, save_dir=folder)
+    except (ImportError, ModuleNotFoundError) as error:
+        raise UserError("Weights & Biases is not installed: pip install 'convmae[wandb]'") from error
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
