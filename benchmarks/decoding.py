@@ -1,4 +1,4 @@
-"""How fast one thread turns JPEG files into random 224x224 crops, by several ways, and how far their pixels differ.
+"""How fast one thread turns JPEG files into random 224x224 crops in several ways, and how far they differ.
 
 python benchmarks/decoding.py [--rounds 7] [--json_file decoding.json]
 
@@ -89,7 +89,7 @@ WAYS: tuple[Callable[[bytes], Tensor], ...] = (
 
 
 def write_photographs(folder: Path, size: tuple[int, int]) -> list[Path]:
-    """The colour photographs as JPEG files of `size` (width, height); the noise gives them a camera's entropy."""
+    """The colour photographs as JPEG files of `size` (width, height); noise gives them a camera's entropy."""
     paths = []
     for number, photograph in enumerate(demo_photographs()):
         with Image.open(photograph) as image:
@@ -104,7 +104,7 @@ def write_photographs(folder: Path, size: tuple[int, int]) -> list[Path]:
 
 
 def measure(paths: list[Path], rounds: int, seconds: float) -> dict[str, dict[str, float]]:
-    """Per way: median images/s over the rounds and the mean absolute difference of its pixels to `pillow`'s."""
+    """Per way: median images/s over the rounds and its pixels' mean absolute difference to `pillow`'s."""
     files = [path.read_bytes() for path in paths]
 
     def crops(way: Callable[[bytes], Tensor], count: int) -> list[Tensor]:

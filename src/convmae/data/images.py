@@ -77,7 +77,7 @@ class ImageStream:
         return len(self.reader)
 
     def __iter__(self) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
-        """Yields (name, if any; function that opens the picture); raises UserError where this worker has no shard."""
+        """Yields (name or "", function that opens it); raises UserError where a worker has no shard."""
         if self.reader.ds is None:
             self._start()
         while True:
@@ -316,7 +316,7 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
         image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 class UndecodableImageError(Exception):

@@ -5,7 +5,7 @@ P = 16*16*channels values a token.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,24 @@ class ConvMAE(nn.Module):
         visible_count(grid[0] * grid[1], mask_ratio)
         if complementary_sets:
             complementary_visible(1, grid, complementary_sets)
+        self.settings: dict[str, Any] = {  # what a weights file records, so that `load` builds the same model
+            "image_size": size,
+            "in_channels": in_channels,
+            "widths": tuple(widths),
+            "depths": tuple(depths),
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "kernel_size": kernel_size,
+            "decoder_width": decoder_width,
+            "decoder_depth": decoder_depth,
+            "decoder_num_heads": decoder_num_heads,
+            "multi_scale": multi_scale,
+            "norm_pix": norm_pix,
+            "mask_ratio": mask_ratio,
+            "complementary_sets": complementary_sets,
+            "mask_stage": mask_stage,
+            "masked_convolution": masked_convolution,
+        }
         self.mask_ratio = mask_ratio
         self.complementary_sets = complementary_sets
         self.mask_stage = mask_stage

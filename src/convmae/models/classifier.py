@@ -1,6 +1,7 @@
 """The encoder on the dense way with a classification head."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,6 +28,16 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+        self.settings: dict[str, Any] = {  # what a weights file records, so that `load` builds the same model
+            "image_size": size,
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "widths": tuple(widths),
+            "depths": tuple(depths),
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "kernel_size": kernel_size,
+        }
         self.num_classes = num_classes
         self.num_features = widths[2]
         self.encoder = ConvViT(size, in_channels, widths, depths, num_heads, mlp_ratio, kernel_size, drop_path)

@@ -155,8 +155,9 @@ class ConvViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The dense way without masks: images (B, C, H, W), uint8 or normalised float -> (B, H / 16, W / 16, C3)."""
+        grid = grid_of(images.shape[-2:])
         x = self.convolve(self.normalize(images).permute(0, 2, 3, 1)).stage3
-        x = x + resized_pos_embed(self.pos_embed, grid_of(images.shape[-2:]))
+        x = x + resized_pos_embed(self.pos_embed, grid)
         return self.transform(x.flatten(1, 2)).view(x.shape)
 
     @staticmethod

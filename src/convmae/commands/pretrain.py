@@ -1,0 +1,285 @@
+"""`convmae pretrain`: a folder of images in, a pretrained encoder out."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, is_dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from convmae import weights as weights_files
+from convmae.data.failures import DecodingFailures
+from convmae.data.images import PretrainingImages, PretrainingLoader, build_loader
+from convmae.data.sampler import mixed_seed
+from convmae.data.images import open_images
+from convmae.errors import UserError
+from convmae.models.autoencoder import ConvMAE
+from convmae.models.encoder import grid_of
+from convmae.models.registry import create_autoencoder, fill
+from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state
+from convmae.training.engine import EngineOptions, start_engine
+from convmae.training.logging import LoggingOptions, RunLog, read_metrics
+from convmae.training.loop import Interrupted, Plan, Position, train
+from convmae.training.optimizer import OptimizerOptions, build_optimizer, build_schedule
+from convmae.visualize import loss_curve, reconstruction_picture
+
+CONFIG_FILE = "config.yaml"
+_EXAMPLES = 6  # images in a reconstruction picture
+
+
+@dataclass(frozen=True)
+class PretrainingResult:
+    """Where a finished run left what it made."""
+
+    folder: Path
+    checkpoint: Path
+    """Folder with the model's file; pass it to convmae.load or any --weights."""
+    picture: Path
+    loss_curve: Path
+    loss: float
+    """Mean over the last log line's steps."""
+    steps: int
+
+
+def pretrain(
+    data: str,
+    model: str = "base",
+    output: Path = Path("runs/pretrain"),
+    epochs: int = 200,
+    batch_size: int = 256,
+    accumulate: int = 1,
+    image_size: int | tuple[int, int] = 224,
+    in_channels: int = 3,
+    kernel_size: int = 5,
+    multi_scale: bool = True,
+    norm_pix: bool = True,
+    mask_ratio: float = 0.75,
+    complementary_sets: int = 0,
+    mask_stage: int = 3,
+    masked_convolution: bool = True,
+    dense: bool = False,
+    crop_scale: tuple[float, float] = (0.2, 1.0),
+    split: str = "train",
+    weights: Path | None = None,
+    resume: bool = False,
+    compile: bool = False,  # the flag's name is torch's
+    seed: int = 0,
+    max_skipped: int = 20,
+    optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 (frozen)
+    engine: EngineOptions = EngineOptions(),  # noqa: B008
+    checkpoint: CheckpointOptions = CheckpointOptions(),  # noqa: B008
+    logging: LoggingOptions = LoggingOptions(),  # noqa: B008
+) -> PretrainingResult:
+    """Pretrain a ConvMAE on unlabelled images.
+
+    Args:
+        data: a folder with images at any depth; wds/FOLDER/shards-{0000..0099}.tar; hfds/NAME or hfids/NAME; or demo.
+        model: size: tiny, small, base, large or huge.
+        output: folder of the run: configuration, metrics, pictures, checkpoints.
+        epochs: passes over the data.
+        batch_size: images a step, over all devices and passes; the paper's is 2048.
+        accumulate: forward and backward passes a step; more need less memory.
+        image_size: pixels, one number or [height, width], multiples of 16.
+        in_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        kernel_size: of the depthwise convolutions, odd.
+        multi_scale: fuse stages 1 and 2 into the latent (multi-scale decoder).
+        norm_pix: predict pixels normalised by their patch's mean and variance.
+        mask_ratio: fraction of tokens masked, inside (0, 1).
+        complementary_sets: 0, or into how many disjoint visible sets each image is cut ("Fast ConvMAE": 4).
+        mask_stage: 3 for block-wise masks, 1 for the ablation's masks drawn at stage 1.
+        masked_convolution: false for the ablation whose convolutions see masked cells.
+        dense: compute masked cells too: slower, the same result.
+        crop_scale: smallest and largest share of an image's area in a random crop.
+        split: split of a Hugging Face data set.
+        weights: start from the weights of this file or run, ours or published.
+        resume: go on from the newest checkpoint in output, if there is one.
+        compile: compile the model with torch.compile.
+        seed: of weights, masks, crops and order.
+        max_skipped: stop after this many steps in a row with a loss that is not finite.
+        optimizer: AdamW and its schedule.
+        engine: devices and precision.
+        checkpoint: when to write checkpoints.
+        logging: what to write down.
+
+    Raises UserError for settings that cannot work, and Interrupted after SIGTERM or Ctrl-C, a checkpoint being written.
+    """
+    settings = _plain({name: value for name, value in locals().items()})
+    if epochs < 1 or batch_size < 1 or accumulate < 1 or max_skipped < 1:
+        raise UserError("epochs, batch_size, accumulate and max_skipped must be at least 1: raise them")
+    if min(logging.every_steps, checkpoint.every_epochs) < 1 or logging.pictures_every_epochs < 0:
+        raise UserError("intervals of logging and checkpoints must be at least 1: raise them")
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    grid_of(size)
+    torch.manual_seed(seed)
+    network = create_autoencoder(
+        model,
+        image_size=size,
+        in_channels=in_channels,
+        kernel_size=kernel_size,
+        multi_scale=multi_scale,
+        norm_pix=norm_pix,
+        mask_ratio=mask_ratio,
+        complementary_sets=complementary_sets,
+        mask_stage=mask_stage,
+        masked_convolution=masked_convolution,
+        dense=dense,
+    )
+    checkpoints = CheckpointFolder(output / "checkpoints", checkpoint.keep)
+    newest = checkpoints.newest()
+    if newest is not None and not resume:
+        raise UserError(f"{output} holds a run: continue it with --resume, or choose another --output")
+    restored = read_state(newest) if newest is not None else None
+    if newest is not None:
+        fill(network, weights_files.read(newest)[0])
+    elif weights is not None:
+        fill(network, weights_files.read(weights)[0])
+
+    source = open_images(data, split)
+    fabric = start_engine(engine)
+    passes = fabric.world_size * accumulate
+    if batch_size % passes:
+        raise UserError(
+            f"a batch of {batch_size} does not divide into {fabric.world_size} processes x {accumulate} passes: "
+            f"choose a multiple of {passes}"
+        )
+    loader = build_loader(
+        source,
+        image_size=size,
+        batch_size=batch_size // passes,
+        in_channels=in_channels,
+        scale=crop_scale,
+        seed=seed,
+        num_workers=engine.workers,
+        pin_memory=fabric.device.type == "cuda",
+        num_replicas=fabric.world_size,
+        rank=fabric.global_rank,
+    )
+    loader.set_position(0)
+    steps_per_epoch = len(loader) // accumulate
+    if steps_per_epoch < 1:
+        raise UserError(f"{data} has too few images for a batch of {batch_size}: lower --batch_size")
+    trainer = build_optimizer(network, optimizer, batch_size)
+    schedule = build_schedule(trainer, optimizer, epochs, steps_per_epoch)
+    wrapped, wrapped_optimizer = fabric.setup(torch.compile(network) if compile else network, trainer)
+    torch.manual_seed(mixed_seed(seed, fabric.global_rank))  # masks differ between processes
+
+    fabric.barrier()  # all have looked at the run's folder before one writes to it
+    log = RunLog(output, logging, active=fabric.is_global_zero)
+    if fabric.is_global_zero:
+        _keep_config(output, settings, restored["step"] if restored else 0)
+    failures = DecodingFailures(output)
+    examples = _examples(loader)
+    picture = output / "reconstructions" / "latest.png"
+
+    def batches(epoch: int, first: int) -> Iterator[Tensor]:
+        loader.set_position(epoch, first)
+        for batch in loader:
+            failures.record(len(batch["images"]), batch["failed"])
+            if not examples:
+                examples.extend(batch["images"][:_EXAMPLES])
+            yield batch["images"].to(fabric.device, non_blocking=True)
+
+    def after_epoch(epoch: int) -> None:
+        if message := failures.warning():
+            log.say(message, style="bold red")
+        every = logging.pictures_every_epochs
+        if fabric.is_global_zero and (epoch + 1 == epochs or (every and (epoch + 1) % every == 0)):
+            path = picture if epoch + 1 == epochs else picture.with_name(f"epoch-{epoch + 1:04d}.png")
+            _draw(network, torch.stack(examples).to(fabric.device), path)
+
+    def write_model(folder: Path) -> None:
+        weights_files.save(folder / weights_files.MODEL_FILE, network.state_dict(), network.settings)
+
+    plan = Plan(
+        epochs, steps_per_epoch, batch_size, accumulate, optimizer.clip_grad, logging.every_steps,
+        checkpoint.every_epochs, max_skipped,
+    )  # fmt: skip
+    began = time.monotonic()
+    log.say(
+        f"convmae {model}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {data}: {epochs} epochs "
+        f"of {steps_per_epoch} steps of {batch_size} images; {fabric.world_size} x {fabric.device.type}, "
+        f"{fabric._precision.precision}" + (f"; resumed at step {restored['step']}" if restored else "")
+    )
+    try:
+        position = train(
+            fabric, wrapped, wrapped_optimizer, schedule, batches, plan, checkpoints, write_model, log, restored, after_epoch
+        )
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped}; continue with --resume") from None
+    finally:
+        log.finish()
+    undecodable = int(fabric.all_reduce(torch.tensor(failures.count, device=fabric.device), reduce_op="sum"))
+    return _finish(log, checkpoints, output, picture, position, undecodable, time.monotonic() - began)
+
+
+def _finish(
+    log: RunLog,
+    checkpoints: CheckpointFolder,
+    output: Path,
+    picture: Path,
+    position: Position,
+    failures: int,
+    seconds: float,
+) -> PretrainingResult:
+    """Draw the loss curve, print the summary, and say where everything is."""
+    metrics = read_metrics(output)
+    curve = output / "loss.png"
+    newest = checkpoints.newest()
+    assert newest is not None  # the loop writes one at its end
+    if log.active:
+        loss_curve(curve, metrics)
+    log.summary(
+        "pretraining finished",
+        {
+            "folder": str(output),
+            "checkpoint": str(newest),
+            "loss curve": str(curve),
+            "reconstructions": str(picture),
+            "loss": f"{metrics[0]['loss']:.4f} -> {metrics[-1]['loss']:.4f}",
+            "steps": f"{position.step} ({position.skipped} skipped)",
+            "images that could not be decoded": str(failures),
+            "time": str(timedelta(seconds=round(seconds))),
+        },
+    )
+    return PretrainingResult(output, newest, picture, curve, metrics[-1]["loss"], position.step)
+
+
+def _draw(network: ConvMAE, images: Tensor, path: Path) -> None:
+    """Save the reconstructions of a few images, always under the same masks."""
+    network.eval()
+    visible = network.draw_visible(images, torch.Generator().manual_seed(0))
+    reconstructions = network.reconstruct(images, visible)
+    reconstruction_picture(path, list((images / 255).cpu()), list(visible.cpu()), list(reconstructions.cpu()))
+    network.train()
+
+
+def _examples(loader: PretrainingLoader) -> list[Tensor]:
+    """The images of every picture of the run; none yet for a stream, whose first batch serves."""
+    if not isinstance(loader.dataset, PretrainingImages):
+        return []
+    count = min(_EXAMPLES, len(loader.dataset))
+    return [loader.dataset[0, number * len(loader.dataset) // count]["image"] for number in range(count)]
+
+
+def _plain(value: Any) -> Any:
+    """Settings as YAML knows them."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _keep_config(folder: Path, settings: dict[str, Any], step: int) -> None:
+    """Write the resolved settings; a resumed run that changes them leaves the old file and writes beside it."""
+    text = yaml.safe_dump(settings, sort_keys=False)
+    path = folder / CONFIG_FILE
+    if path.exists() and path.read_text() != text:
+        path = path.with_name(f"config-from-step-{step:08d}.yaml")
+    path.write_text(text)

@@ -1,0 +1,27 @@
+import pytest
+import torch
+
+from convmae.models.attention import Attention, attend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_softmax_of_scaled_products(dtype):
+    query, key, value = torch.randn(3, 2, 4, 10, 8).unbind(0)
+    expected = ((query @ key.transpose(-1, -2)) / 8**0.5).softmax(-1) @ value
+    got = attend(query.to(dtype), key.to(dtype), value.to(dtype)).float()
+    torch.testing.assert_close(got, expected, **({} if dtype is torch.float32 else {"rtol": 0.02, "atol": 0.03}))
+
+
+def test_attention_agrees_with_torch_s_module():
+    ours, theirs = Attention(16, 4), torch.nn.MultiheadAttention(16, 4, batch_first=True)
+    theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.qkv.weight.data, ours.qkv.bias.data
+    theirs.out_proj.load_state_dict(ours.proj.state_dict())
+    x = torch.randn(2, 9, 16)
+    torch.testing.assert_close(ours(x), theirs(x, x, x, need_weights=False)[0])
+
+
+def test_large_logits_stay_finite_in_low_precision():
+    query = torch.full((1, 1, 4, 64), 300.0)  # products of 64 * 300 * 300 overflow fp16, and scale first must not
+    for dtype in (torch.bfloat16, torch.float16):
+        scaled = query.to(dtype) / 8
+        assert attend(scaled, scaled, scaled).isfinite().all()

@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from convmae import UserError
+from convmae.training import engine
+from convmae.training.engine import EngineOptions, start_engine
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", "bf16-mixed"), ("float32", "32-true")])
+def test_a_stated_precision_is_taken(precision, expected):
+    fabric = start_engine(EngineOptions(accelerator="cpu", precision=precision))
+    assert fabric._precision.precision == expected
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_auto_takes_bf16_where_the_processor_has_it(monkeypatch, capable):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
+    assert engine._prefers_bf16(EngineOptions(accelerator="cpu")) is capable
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (EngineOptions(accelerator="cuda"), "no CUDA device"),
+        (EngineOptions(accelerator="mps"), "no MPS device"),
+        (EngineOptions(devices=0), "at least 1"),
+        (EngineOptions(workers=-1), "at least 0"),
+    ],
+)
+def test_what_the_machine_lacks_is_refused(monkeypatch, options, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match=message):
+        start_engine(options)

@@ -1,0 +1,58 @@
+import json
+
+import pytest
+
+from convmae.training.logging import LoggingOptions, RunLog, read_metrics
+
+
+def test_metrics_go_to_the_file_and_to_tensorboard(tmp_path):
+    log = RunLog(tmp_path, LoggingOptions())
+    log.start(epochs=2, total_steps=4, step=0)
+    log.advance(2, 0)
+    log.metrics(2, 0, {"loss": 0.5, "lr": 0.1, "images_per_second": 3.0})
+    log.finish()
+    assert read_metrics(tmp_path) == [{"step": 2, "epoch": 0, "loss": 0.5, "lr": 0.1, "images_per_second": 3.0}]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 0.5)]
+
+
+def test_the_later_line_of_a_step_counts(tmp_path):
+    lines = [{"step": 1, "loss": 1}, {"step": 2, "loss": 2}, {"step": 2, "loss": 3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [record["loss"] for record in read_metrics(tmp_path)] == [1, 3]
+
+
+def test_other_processes_stay_silent(tmp_path, capsys):
+    log = RunLog(tmp_path / "run", LoggingOptions(), active=False)
+    log.start(1, 1, 0)
+    log.advance(1, 0)
+    log.metrics(1, 0, {"loss": 0.5, "lr": 0.1, "images_per_second": 3.0})
+    log.say("hello")
+    log.summary("end", {"a": "b"})
+    log.finish()
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_terminal_there_are_lines_with_the_time_left(tmp_path, capsys):
+    log = RunLog(tmp_path, LoggingOptions())
+    log.start(epochs=2, total_steps=4, step=0)
+    log.metrics(2, 0, {"loss": 0.5, "lr": 0.1, "images_per_second": 3.0})
+    log.finish()
+    assert "epoch 1/2  step 2/4  loss 0.5000  lr 1.00e-01  3 images/s  0:00:00 left" in capsys.readouterr().err
+
+
+def test_wandb_missing_is_said_plainly(tmp_path):
+    pytest.importorskip("lightning")
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        from convmae import UserError
+
+        with pytest.raises(UserError, match=r"pip install 'convmae\[wandb\]'"):
+            RunLog(tmp_path, LoggingOptions(wandb="project"))
+    else:
+        pytest.skip("wandb is installed")
