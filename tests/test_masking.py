@@ -17,7 +17,9 @@ def test_every_image_keeps_the_same_number_of_tokens(grid, batch, ratio):
     assert visible.flatten(1).sum(1).tolist() == [visible_count(grid[0] * grid[1], ratio)] * batch
 
 
-@pytest.mark.parametrize(("tokens", "ratio", "count"), [(196, 0.75, 49), (196, 0.9, 19), (10, 0.9, 1), (4, 0.99, 1), (2, 0.01, 1)])
+@pytest.mark.parametrize(
+    ("tokens", "ratio", "count"), [(196, 0.75, 49), (196, 0.9, 19), (10, 0.9, 1), (4, 0.99, 1), (2, 0.01, 1)]
+)
 def test_visible_count(tokens, ratio, count):
     # 49 of 196 is the published code's len_keep = int(196 * 0.25); 19 is int(19.6).
     assert visible_count(tokens, ratio) == count

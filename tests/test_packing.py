@@ -7,7 +7,9 @@ from convmae import UserError
 from convmae.masking import random_visible
 from convmae.packing import Packing
 
-shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(2, 5), st.sampled_from([1, 2, 4]), st.integers(1, 3))
+shapes = st.tuples(
+    st.integers(1, 3), st.integers(1, 5), st.integers(2, 5), st.sampled_from([1, 2, 4]), st.integers(1, 3)
+)
 
 
 def naive_pack(dense, visible, side):

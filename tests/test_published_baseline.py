@@ -34,9 +34,7 @@ def normalise(images: Tensor) -> Tensor:
 def assert_near(actual: Tensor, expected: Tensor, what: str) -> None:
     """rtol 1e-4, atol 1e-5 of the tensor's scale."""
     scale = expected.abs().max().item()
-    torch.testing.assert_close(
-        actual, expected, rtol=1e-4, atol=1e-5 * scale, msg=lambda text: f"{what}: {text}"
-    )
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * scale, msg=lambda text: f"{what}: {text}")
 
 
 def tiny_autoencoder(**changes: bool) -> PublishedConvMAE:
@@ -58,9 +56,7 @@ def test_autoencoder_matches_golden_values(name: str, sets: int) -> None:
     model.load_state_dict(weights)
 
     order = golden["noise"].argsort(dim=1)[:, : sets * VISIBLE]
-    order = torch.cat(
-        order.split(VISIBLE, dim=1)
-    )  # (B, sets * K) -> (sets * B, K), set 0 of every image first
+    order = torch.cat(order.split(VISIBLE, dim=1))  # (B, sets * K) -> (sets * B, K), set 0 of every image first
     visible = torch.zeros(order.shape[0], LENGTH, dtype=torch.bool).scatter(1, order, True)
     assert torch.equal(visible, golden["mask"] == 0)
     images = normalise(golden["images"]).repeat(sets, 1, 1, 1)
@@ -70,9 +66,7 @@ def test_autoencoder_matches_golden_values(name: str, sets: int) -> None:
 
     assert_near(loss.detach(), golden["loss"], "loss")
     assert_near(prediction.detach()[:, ::7, ::16], golden["pred_slice"], "prediction")
-    rank = order.argsort(
-        dim=1
-    )  # row-major order of the visible tokens, for a latent in the order of the sorted noise
+    rank = order.argsort(dim=1)  # row-major order of the visible tokens, for a latent in the order of the sorted noise
     row_major = golden["latent"].gather(1, rank.unsqueeze(2).expand_as(golden["latent"]))
     assert_near(latent.detach(), row_major, "latent")
 
@@ -103,9 +97,7 @@ def test_masked_pixels_do_not_reach_the_latent() -> None:
     visible = torch.zeros(2, LENGTH, dtype=torch.bool)
     visible[:, torch.randperm(LENGTH)[:VISIBLE]] = True
     visible = visible.unflatten(1, GRID)
-    pixels = (
-        visible.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2).unsqueeze(1)
-    )  # (B, 1, 224, 224)
+    pixels = visible.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2).unsqueeze(1)  # (B, 1, 224, 224)
 
     _, _, latent = model(images, visible)
     _, _, perturbed = model(torch.where(pixels, images, torch.randn_like(images)), visible)

@@ -40,7 +40,11 @@ def test_a_strided_convolution_and_its_matrix_agree(golden):
         lambda state: {"model": state},
         lambda state: {"state_dict": state},
         lambda state: {"model": {f"module.{key}": value for key, value in state.items()}},
-        lambda state: {"model": {"state_dict": state}, "epoch": 7, "args": argparse.Namespace(norm_pix_loss=False)},
+        lambda state: {
+            "model": {"state_dict": state},
+            "epoch": 7,
+            "args": argparse.Namespace(norm_pix_loss=False),
+        },
     ],
     ids=["bare", "model", "state_dict", "module prefix", "nested, with a namespace"],
 )

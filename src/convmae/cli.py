@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-import signal
+import re
 import sys
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
@@ -20,14 +20,22 @@ from convmae.commands.reconstruct import reconstruct
 from convmae.errors import UserError
 from convmae.training.loop import Interrupted
 
-COMMANDS = {"pretrain": pretrain, "reconstruct": reconstruct, "info": info, "bench": bench}
+COMMANDS: dict[str, Any] = {
+    "pretrain": pretrain,
+    "reconstruct": reconstruct,
+    "info": info,
+    "bench": bench,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `convmae COMMAND ...`; exits with 2 and one line for a user's mistake."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)])
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)]
+    )
     logging.getLogger("convmae").setLevel(logging.INFO)
+    logging.getLogger("lightning").setLevel(logging.WARNING)  # it announces what our own first line says
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
         auto_cli(COMMANDS, args=_friendly(arguments), as_positional=False, parser_class=_Parser, prog="convmae")
@@ -35,14 +43,16 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error))
     except Interrupted as stopped:
         Console(stderr=True, highlight=False).print(str(stopped), markup=False, soft_wrap=True)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(128 + stopped.signal)
 
 
 class _Parser(ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        _fail(f"{' '.join(message.split())} (see convmae --help)")
+        # Options of a command come as `pretrain.data`; the user types `--data`.
+        message = re.sub(rf"\b({'|'.join(COMMANDS)})\.(?=\w)", "--", message)
+        _fail(f"{message} (see convmae --help)")
 
 
 def _fail(message: str) -> NoReturn:
@@ -52,26 +62,38 @@ def _fail(message: str) -> NoReturn:
 
 def recipes() -> dict[str, Path]:
     """The shipped recipes by name."""
-    return {Path(str(path)).stem: Path(str(path)) for path in sorted(Path(str(files("convmae") / "recipes")).glob("*.yaml"))}
+    return {
+        Path(str(path)).stem: Path(str(path)) for path in sorted(Path(str(files("convmae") / "recipes")).glob("*.yaml"))
+    }
 
 
 def _friendly(arguments: list[str]) -> list[str]:
-    """Accept `--image-size` for `--image_size`, a bare `--resume` for `--resume true`, and a recipe's name as `--config`."""
-    command = COMMANDS.get(arguments[0]) if arguments else None
-    switches = _switches(command) if command else set()
-    friendly: list[str] = []
-    for position, argument in enumerate(arguments):
+    """Accept `--image-size` for `--image_size`, a bare `--resume` for `--resume true`, a recipe's name as `--config`.
+
+    The configuration moves to the front, so that flags win on either side of it.
+    """
+    if not arguments or arguments[0] not in COMMANDS:
+        return arguments
+    command, switches = arguments[0], _switches(COMMANDS[arguments[0]])
+    configuration: list[str] = []
+    flags: list[str] = []
+    rest = iter(arguments[1:])
+    following = iter([*arguments[2:], "--"])
+    for argument, after in zip(rest, following, strict=False):
         name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            name = "--" + name[2:].replace("-", "_")
-            following = arguments[position + 1] if position + 1 < len(arguments) else "--"
-            if name[2:] in switches and not equals and following.startswith("--"):
-                equals, value = "=", "true"
-            argument = name + equals + (_recipe(value) if name == "--config" and equals else value)
-        elif friendly and friendly[-1] == "--config":
-            argument = _recipe(argument)
-        friendly.append(argument)
-    return friendly
+        if not name.startswith("--"):
+            flags.append(argument)
+            continue
+        name = "--" + name[2:].replace("-", "_")
+        if name == "--config" and (equals or not after.startswith("--")):
+            configuration += [name, _recipe(value if equals else next(rest))]
+            if not equals:
+                next(following)
+        elif name[2:] in switches and not equals and after.startswith("--"):
+            flags.append(f"{name}=true")
+        else:
+            flags.append(name + equals + value)
+    return [command, *configuration, *flags]
 
 
 def _recipe(name: str) -> str:

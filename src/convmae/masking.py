@@ -32,8 +32,8 @@ def random_visible(
 ) -> Tensor:
     """Draw one random permutation of the grid for each image and keep its head visible (section 3.2 of the paper).
 
-    Drawn on the grid of stage 3 this is block-wise masking: one choice covers 16 x 16 pixels and the cells of all stages
-    inside. Drawn on a finer grid it is the plain random masking of the ablation.
+    Drawn on the grid of stage 3 this is block-wise masking: one choice covers 16 x 16 pixels and the cells of all
+    stages inside. Drawn on a finer grid it is the plain random masking of the ablation.
 
     Returns (B, H, W) bool on `device`. The numbers are drawn on the generator's own device.
     """

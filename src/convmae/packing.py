@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from convmae.errors import UserError
+from convmae.masking import Grid
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,14 @@ class Packing:
             count = int(counts[0])
             if count == 0 or bool((counts != count).any()):
                 raise UserError("every image of a batch needs the same number of visible tokens, at least one")
-        # A stable sort of "is masked" lists the visible tokens first, in row-major order, without a data-dependent size.
+        # A stable sort of "is masked" lists visible tokens first, in row-major order, without a data-dependent size.
         index = (~visible.flatten(1)).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
         return cls(visible, index)
+
+    @property
+    def grid(self) -> Grid:
+        """Tokens along height and width."""
+        return self.visible.shape[1], self.visible.shape[2]
 
     def cells(self, side: int, margin: int = 0) -> Tensor:
         """Row number of every visible cell in a dense map with `side` cells a token, flattened to (B*H*s*W*s, C).

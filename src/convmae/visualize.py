@@ -14,7 +14,10 @@ _GREY = 0.5  # colour of masked places
 
 
 def reconstruction_picture(
-    path: str | Path, originals: Sequence[Tensor], visible: Sequence[Tensor], reconstructions: Sequence[Tensor]
+    path: str | Path,
+    originals: Sequence[Tensor],
+    visible: Sequence[Tensor],
+    reconstructions: Sequence[Tensor],
 ) -> None:
     """Save a row for each image: original, visible patches, reconstruction.
 

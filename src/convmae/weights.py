@@ -82,7 +82,9 @@ def from_published(state: Mapping[str, Tensor]) -> StateDict:
         elif target.endswith("pos_embed"):
             side = math.isqrt(value.shape[1])
             if side * side != value.shape[1]:
-                raise UserError(f"position embedding '{name}' with {value.shape[1]} tokens is not square: cannot be loaded")
+                raise UserError(
+                    f"position embedding '{name}' with {value.shape[1]} tokens is not square: cannot be loaded"
+                )
             value = value.unflatten(1, (side, side))  # (1, L, C) -> (1, H, W, C)
         ours[target] = value.contiguous()
     return ours

@@ -214,8 +214,8 @@ def test_drawn_masks_follow_the_generator():
 
 def test_torch_compile_finds_no_graph_break():
     torch.compiler.reset()
-    for settings in ({}, {"complementary_sets": 4}):
-        model = small(**settings)
+    for form in ({}, {"complementary_sets": 4}):
+        model = small(**form)
         images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.manual_seed(3)

@@ -65,13 +65,23 @@ def test_initialisation_follows_the_recipe():
     def xavier_bound(weight):
         return (6 / sum(weight.shape)) ** 0.5
 
-    for linear in (encoder.projection, encoder.stage3[0].attn.qkv, model.decoder.prediction, encoder.downsample3.proj):
+    for linear in (
+        encoder.projection,
+        encoder.stage3[0].attn.qkv,
+        model.decoder.prediction,
+        encoder.downsample3.proj,
+    ):
         bound = xavier_bound(linear.weight)
         assert 0.95 * bound < linear.weight.abs().max() <= bound
     for linear in (encoder.projection, encoder.stage3[0].mlp.fc1, model.decoder.embed):
         assert linear.bias.abs().max() == 0
     # torch's convolutions: uniform within 1 / sqrt(fan in), the bias included
-    for linear in (encoder.downsample1.proj, encoder.stage1[0].pointwise1, encoder.stage2[0].mlp.fc2, model.project1):
+    for linear in (
+        encoder.downsample1.proj,
+        encoder.stage1[0].pointwise1,
+        encoder.stage2[0].mlp.fc2,
+        model.project1,
+    ):
         bound = linear.weight.shape[1] ** -0.5
         assert 0.9 * bound < linear.weight.abs().max() <= bound
         assert 0 < linear.bias.abs().max() <= bound

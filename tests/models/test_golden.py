@@ -52,7 +52,9 @@ def test_autoencoder_matches_the_published_code(golden, name, dense):
     expected = {n.removeprefix("grad_norm."): v for n, v in golden.items() if n.startswith("grad_norm.")}
     assert norms.keys() == expected.keys()
     for parameter, value in expected.items():
-        torch.testing.assert_close(norms[parameter], value, rtol=1e-4, atol=1e-5, msg=lambda m, p=parameter: f"{p}: {m}")
+        torch.testing.assert_close(
+            norms[parameter], value, rtol=1e-4, atol=1e-5, msg=lambda m, p=parameter: f"{p}: {m}"
+        )
 
 
 def test_classifier_matches_the_published_code(golden):

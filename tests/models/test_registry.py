@@ -59,7 +59,10 @@ def test_heads_of_known_widths_need_no_telling(caplog):
 
 def test_weights_of_another_shape_are_refused_in_one_line():
     model = create_autoencoder("tiny", image_size=32)
-    for other in (create_autoencoder("tiny", image_size=64), create_autoencoder("tiny", image_size=32, multi_scale=False)):
+    for other in (
+        create_autoencoder("tiny", image_size=64),
+        create_autoencoder("tiny", image_size=32, multi_scale=False),
+    ):
         with pytest.raises(convmae.UserError, match="do not fit the model") as error:
             fill(model, other.state_dict())
         assert "\n" not in str(error.value)

@@ -25,7 +25,10 @@ def test_the_dense_form_is_the_definition(size):
     x, visible = torch.randn(2, 8, 12, 3), torch.rand(2, 8, 12) < 0.5
     weight, bias = torch.randn(3, 1, size, size), torch.randn(3)
     torch.testing.assert_close(
-        masked_depthwise_dense(x, weight, bias, visible), by_definition(x, weight, bias, visible), rtol=1e-4, atol=1e-5
+        masked_depthwise_dense(x, weight, bias, visible),
+        by_definition(x, weight, bias, visible),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 

@@ -11,7 +11,10 @@ def write_model(folder):
 
 def test_what_is_saved_comes_back(tmp_path):
     checkpoints = CheckpointFolder(tmp_path)
-    state = {"step": 3, "optimizer": {"state": {0: {"exp_avg": torch.randn(3)}}, "groups": [{"betas": (0.9, 0.95)}]}}
+    state = {
+        "step": 3,
+        "optimizer": {"state": {0: {"exp_avg": torch.randn(3)}}, "groups": [{"betas": (0.9, 0.95)}]},
+    }
     path = checkpoints.save(3, state, write_model)
     assert path.name == "step-00000003"
     assert (path / "model.bin").read_bytes() == b"model"

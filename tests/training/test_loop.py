@@ -36,7 +36,16 @@ def run(tmp_path, batches, plan, lr=0.05, restored=None):
     checkpoints = CheckpointFolder(tmp_path / "checkpoints")
     try:
         position = train(
-            fabric, wrapped, wrapped_optimizer, schedule, batches, plan, checkpoints, lambda folder: None, log, restored
+            fabric,
+            wrapped,
+            wrapped_optimizer,
+            schedule,
+            batches,
+            plan,
+            checkpoints,
+            lambda folder: None,
+            log,
+            restored,
         )
     finally:
         log.finish()
@@ -48,7 +57,9 @@ def steady(epoch, first):
 
 
 def test_it_learns_and_logs(tmp_path):
-    model, position, checkpoints = run(tmp_path, steady, Plan(epochs=40, steps_per_epoch=5, batch_size=4, log_every_steps=10))
+    model, position, checkpoints = run(
+        tmp_path, steady, Plan(epochs=40, steps_per_epoch=5, batch_size=4, log_every_steps=10)
+    )
     assert model.slope.item() == pytest.approx(3, abs=0.3)
     assert position.step == 200
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -91,13 +102,16 @@ def test_many_bad_steps_in_a_row_stop_the_run_and_name_step_and_checkpoint(tmp_p
         return iter([torch.ones(4)] * 4 if epoch == 0 else [torch.full((4,), torch.inf)] * 4)
 
     plan = Plan(epochs=2, steps_per_epoch=4, batch_size=4, checkpoint_every_epochs=1, max_skipped=3)
-    with pytest.raises(UserError, match=r"not finite 3 steps in a row, up to step 7: last good checkpoint .*step-00000004"):
+    with pytest.raises(
+        UserError, match=r"not finite 3 steps in a row, up to step 7: last good checkpoint .*step-00000004"
+    ):
         run(tmp_path, batches, plan)
 
 
 def test_skipping_counts_in_a_row():
     parameter = torch.nn.Parameter(torch.zeros(1))
-    skipping = SkipNotFinite(torch.optim.AdamW([parameter], fused=True), torch.device("cpu"))
+    optimizer = Fabric(accelerator="cpu").setup_optimizers(torch.optim.AdamW([parameter], fused=True))
+    skipping = SkipNotFinite(optimizer, torch.device("cpu"))
     for norm in (torch.nan, torch.inf, 1.0, torch.nan):
         parameter.grad = torch.tensor([norm])
         skipping.step(torch.tensor(norm))

@@ -121,9 +121,7 @@ class _Encoder(nn.Module):
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.grid[0] * self.grid[1], widths[2]))
         self.blocks1 = nn.ModuleList(_ConvBlock(widths[0], mlp_ratio, kernel_size) for _ in range(depths[0]))
         self.blocks2 = nn.ModuleList(_ConvBlock(widths[1], mlp_ratio, kernel_size) for _ in range(depths[1]))
-        self.blocks3 = nn.Sequential(
-            *(_TransformerBlock(widths[2], num_heads, mlp_ratio) for _ in range(depths[2]))
-        )
+        self.blocks3 = nn.Sequential(*(_TransformerBlock(widths[2], num_heads, mlp_ratio) for _ in range(depths[2])))
 
     def conv_stages(self, images: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Everything before the first transformer block, on the dense grid.

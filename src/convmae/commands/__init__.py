@@ -1,1 +1,1 @@
-"""One file a command: a function with typed arguments is the Python API, the command line and the YAML schema in one."""
+"""One file a command: a function with typed arguments is Python API, command line and YAML schema in one."""

@@ -19,6 +19,7 @@ from convmae import weights
 from convmae.benchmarks.memory import PeakMemory
 from convmae.benchmarks.published import PublishedConvMAE
 from convmae.errors import UserError
+from convmae.models.autoencoder import ConvMAE
 from convmae.models.registry import create_autoencoder
 from convmae.training.optimizer import OptimizerOptions, build_optimizer
 
@@ -73,10 +74,10 @@ def bench(
         image_size=image_size,
         widths=settings["widths"],
         depths=settings["depths"],
-        num_heads=ours.encoder.stage3[0].attn.num_heads,
+        num_heads=ours.settings["num_heads"],
         decoder_width=settings["decoder_width"],
         decoder_depth=settings["decoder_depth"],
-        decoder_num_heads=ours.decoder.blocks[0].attn.num_heads,
+        decoder_num_heads=ours.settings["decoder_num_heads"],
     )
     published.load_state_dict(weights.to_published(ours.state_dict()))
     images = torch.randint(0, 256, (batch_size, 3, image_size, image_size), dtype=torch.uint8, device=place)
@@ -88,8 +89,13 @@ def bench(
         ours.load_state_dict(start["ours"])
         published.load_state_dict(start["published"])
         results.append(_compare(ours.to(place), published.to(place), images, kind, rounds))
-    machine = torch.cuda.get_device_name() if place.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
-    title = f"convmae {model}, {image_size}x{image_size}, batch {batch_size}, {rounds} rounds, {machine}, torch {torch.__version__}"
+    machine = (
+        torch.cuda.get_device_name() if place.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
+    )
+    title = (
+        f"convmae {model}, {image_size}x{image_size}, batch {batch_size}, {rounds} rounds, {machine}, "
+        f"torch {torch.__version__}"
+    )
     _print(title, results)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +103,7 @@ def bench(
     return results
 
 
-def _compare(ours: nn.Module, published: nn.Module, images: Tensor, precision: str, rounds: int) -> BenchResult:
+def _compare(ours: ConvMAE, published: PublishedConvMAE, images: Tensor, precision: str, rounds: int) -> BenchResult:
     """Time one step of each in turn, `rounds` times."""
     device = images.device
     visible = ours.draw_visible(images, torch.Generator().manual_seed(0))
@@ -107,7 +113,8 @@ def _compare(ours: nn.Module, published: nn.Module, images: Tensor, precision: s
         "published": _step(published, lambda: published(normalised, visible)[0], device, precision),
     }
     memory = PeakMemory(device)
-    losses, peaks = {}, {}
+    losses: dict[str, float] = {}
+    peaks: dict[str, float] = {}
     seconds: dict[str, list[float]] = {"ours": [], "published": []}
     for number in track(range(rounds + 1), description=precision, console=Console(stderr=True), transient=True):
         for name, step in steps.items():
@@ -177,9 +184,7 @@ def _print(title: str, results: list[BenchResult]) -> None:
             "ours": (r.images_per_second, r.peak_gib, r.loss),
         }
         for name, ((median, low, high), peak, loss) in rows.items():
-            table.add_row(
-                r.precision, name, f"{median:.2f}", f"{low:.2f}-{high:.2f}", f"{peak:.2f}", f"{loss:.6f}"
-            )
+            table.add_row(r.precision, name, f"{median:.2f}", f"{low:.2f}-{high:.2f}", f"{peak:.2f}", f"{loss:.6f}")
         median, low, high = r.speed_ratio
         ratio = r.peak_gib / r.published_peak_gib
         table.add_row(r.precision, "ratio", f"{median:.2f}x", f"{low:.2f}-{high:.2f}", f"{ratio:.2f}x", "")

@@ -82,7 +82,12 @@ def info(
         if size != kernel_size:
             ratios[f"depthwise kernel {size}x{size}"] = gmac(dense=True, kernel_size=size)["total"] / dense["total"]
     result = Info(
-        parameters, visible, dense, ratios, 16 * _trained(built) + 4 * _frozen(built), _activation_bytes(built)
+        parameters,
+        visible,
+        dense,
+        ratios,
+        16 * _trained(built) + 4 * _frozen(built),
+        _activation_bytes(built),
     )
     _print(result, model, image_size)
     return result
@@ -114,7 +119,8 @@ def _gmac(model: ConvMAE) -> dict[str, float]:
             value
             for name, value in by_module.items()
             for path in called
-            if name == path or (path not in by_module and name.startswith(path + ".") and name.count(".") == depth[path] + 1)
+            if name == path
+            or (path not in by_module and name.startswith(path + ".") and name.count(".") == depth[path] + 1)
         )
         found[part] -= needless * sum(
             value
@@ -170,7 +176,12 @@ def _print(result: Info, model: str, image_size: int | tuple[int, int]) -> None:
         table.add_row(part, f"{result.parameters[part] / 1e6:.2f}", f"{dense:.2f}", f"{visible:.2f}")
     table.add_section()
     whole = result.parameters["autoencoder"] / 1e6
-    table.add_row("autoencoder", f"{whole:.2f}", f"{result.gmac_dense['total']:.2f}", f"{result.gmac_visible['total']:.2f}")
+    table.add_row(
+        "autoencoder",
+        f"{whole:.2f}",
+        f"{result.gmac_dense['total']:.2f}",
+        f"{result.gmac_visible['total']:.2f}",
+    )
     table.add_row("encoder alone", f"{result.parameters['encoder'] / 1e6:.2f}", "", "")
     table.add_row("classifier, 1000 classes", f"{result.parameters['classifier, 1000 classes'] / 1e6:.2f}", "", "")
     console.print(table)

@@ -5,25 +5,24 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from convmae import weights as weights_files
 from convmae.data.failures import DecodingFailures
 from convmae.data.images import PretrainingImages, PretrainingLoader, build_loader
 from convmae.data.sampler import mixed_seed
-from convmae.data.images import open_images
+from convmae.data.sources import open_images
 from convmae.errors import UserError
 from convmae.models.autoencoder import ConvMAE
-from convmae.models.encoder import grid_of
 from convmae.models.registry import create_autoencoder, fill
 from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions, start_engine
-from convmae.training.logging import LoggingOptions, RunLog, read_metrics
-from convmae.training.loop import Interrupted, Plan, Position, train
+from convmae.training.logging import METRICS_FILE, LoggingOptions, RunLog, read_metrics
+from convmae.training.loop import Plan, Position, train
 from convmae.training.optimizer import OptimizerOptions, build_optimizer, build_schedule
 from convmae.visualize import loss_curve, reconstruction_picture
 
@@ -107,13 +106,9 @@ def pretrain(
 
     Raises UserError for settings that cannot work, and Interrupted after SIGTERM or Ctrl-C, a checkpoint being written.
     """
-    settings = _plain({name: value for name, value in locals().items()})
-    if epochs < 1 or batch_size < 1 or accumulate < 1 or max_skipped < 1:
-        raise UserError("epochs, batch_size, accumulate and max_skipped must be at least 1: raise them")
-    if min(logging.every_steps, checkpoint.every_epochs) < 1 or logging.pictures_every_epochs < 0:
-        raise UserError("intervals of logging and checkpoints must be at least 1: raise them")
+    settings = _plain(dict(locals()))
+    _check(epochs, batch_size, accumulate, max_skipped, checkpoint, logging)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    grid_of(size)
     torch.manual_seed(seed)
     network = create_autoencoder(
         model,
@@ -129,16 +124,9 @@ def pretrain(
         dense=dense,
     )
     checkpoints = CheckpointFolder(output / "checkpoints", checkpoint.keep)
-    newest = checkpoints.newest()
-    if newest is not None and not resume:
-        raise UserError(f"{output} holds a run: continue it with --resume, or choose another --output")
-    restored = read_state(newest) if newest is not None else None
-    if newest is not None:
-        fill(network, weights_files.read(newest)[0])
-    elif weights is not None:
-        fill(network, weights_files.read(weights)[0])
-
+    restored = _restore(network, checkpoints, output, resume, weights)
     source = open_images(data, split)
+
     fabric = start_engine(engine)
     passes = fabric.world_size * accumulate
     if batch_size % passes:
@@ -158,13 +146,13 @@ def pretrain(
         num_replicas=fabric.world_size,
         rank=fabric.global_rank,
     )
-    loader.set_position(0)
     steps_per_epoch = len(loader) // accumulate
     if steps_per_epoch < 1:
-        raise UserError(f"{data} has too few images for a batch of {batch_size}: lower --batch_size")
-    trainer = build_optimizer(network, optimizer, batch_size)
-    schedule = build_schedule(trainer, optimizer, epochs, steps_per_epoch)
-    wrapped, wrapped_optimizer = fabric.setup(torch.compile(network) if compile else network, trainer)
+        raise UserError(f"{data} has too few images for a batch of {batch_size}: lower --batch-size")
+    adamw = build_optimizer(network, optimizer, batch_size)
+    schedule = build_schedule(adamw, optimizer, epochs, steps_per_epoch)
+    trained = cast(nn.Module, torch.compile(network)) if compile else network
+    wrapped, wrapped_optimizer = fabric.setup(trained, adamw)
     torch.manual_seed(mixed_seed(seed, fabric.global_rank))  # masks differ between processes
 
     fabric.barrier()  # all have looked at the run's folder before one writes to it
@@ -186,34 +174,73 @@ def pretrain(
     def after_epoch(epoch: int) -> None:
         if message := failures.warning():
             log.say(message, style="bold red")
-        every = logging.pictures_every_epochs
-        if fabric.is_global_zero and (epoch + 1 == epochs or (every and (epoch + 1) % every == 0)):
-            path = picture if epoch + 1 == epochs else picture.with_name(f"epoch-{epoch + 1:04d}.png")
+        every, last = logging.pictures_every_epochs, epoch + 1 == epochs
+        if fabric.is_global_zero and (last or (every and (epoch + 1) % every == 0)):
+            path = picture if last else picture.with_name(f"epoch-{epoch + 1:04d}.png")
             _draw(network, torch.stack(examples).to(fabric.device), path)
 
     def write_model(folder: Path) -> None:
         weights_files.save(folder / weights_files.MODEL_FILE, network.state_dict(), network.settings)
 
     plan = Plan(
-        epochs, steps_per_epoch, batch_size, accumulate, optimizer.clip_grad, logging.every_steps,
-        checkpoint.every_epochs, max_skipped,
-    )  # fmt: skip
-    began = time.monotonic()
-    log.say(
-        f"convmae {model}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {data}: {epochs} epochs "
-        f"of {steps_per_epoch} steps of {batch_size} images; {fabric.world_size} x {fabric.device.type}, "
-        f"{fabric._precision.precision}" + (f"; resumed at step {restored['step']}" if restored else "")
+        epochs=epochs,
+        steps_per_epoch=steps_per_epoch,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        clip_grad=optimizer.clip_grad,
+        log_every_steps=logging.every_steps,
+        checkpoint_every_epochs=checkpoint.every_epochs,
+        max_skipped=max_skipped,
     )
+    log.say(
+        f"convmae {model}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {data}: "
+        f"{epochs} epochs of {steps_per_epoch} steps of {batch_size} images; "
+        f"{fabric.world_size} x {fabric.device.type}, {fabric._precision.precision}"
+        + (f"; resumed at step {restored['step']}" if restored else "")
+    )
+    began = time.monotonic()
     try:
         position = train(
-            fabric, wrapped, wrapped_optimizer, schedule, batches, plan, checkpoints, write_model, log, restored, after_epoch
-        )
-    except Interrupted as stopped:
-        raise Interrupted(f"{stopped}; continue with --resume") from None
+            fabric, wrapped, wrapped_optimizer, schedule, batches, plan, checkpoints, write_model, log, restored,
+            after_epoch,
+        )  # fmt: skip
     finally:
         log.finish()
-    undecodable = int(fabric.all_reduce(torch.tensor(failures.count, device=fabric.device), reduce_op="sum"))
-    return _finish(log, checkpoints, output, picture, position, undecodable, time.monotonic() - began)
+    fabric.barrier()  # all have listed their failures
+    return _finish(log, checkpoints, output, picture, position, time.monotonic() - began)
+
+
+def _check(
+    epochs: int,
+    batch_size: int,
+    accumulate: int,
+    max_skipped: int,
+    checkpoint: CheckpointOptions,
+    logging: LoggingOptions,
+) -> None:
+    if min(epochs, batch_size, accumulate, max_skipped) < 1:
+        raise UserError("epochs, batch_size, accumulate and max_skipped must be at least 1: raise them")
+    if min(logging.every_steps, checkpoint.every_epochs) < 1 or logging.pictures_every_epochs < 0:
+        raise UserError("intervals of logging and checkpoints must be at least 1: raise them")
+
+
+def _restore(
+    network: ConvMAE, checkpoints: CheckpointFolder, output: Path, resume: bool, weights: Path | None
+) -> dict[str, Any] | None:
+    """Fill the network from the run's newest checkpoint, whose training state is returned, or from given weights."""
+    newest = checkpoints.newest()
+    if newest is not None:
+        if not resume:
+            raise UserError(f"{output} holds a run: continue it with --resume, or choose another --output")
+        fill(network, weights_files.read(newest)[0])
+        return read_state(newest)
+    if (output / METRICS_FILE).exists() and not resume:
+        raise UserError(
+            f"{output} holds a run without checkpoint: start it anew with --resume, or choose another --output"
+        )
+    if weights is not None:
+        fill(network, weights_files.read(weights)[0])
+    return None
 
 
 def _finish(
@@ -222,7 +249,6 @@ def _finish(
     output: Path,
     picture: Path,
     position: Position,
-    failures: int,
     seconds: float,
 ) -> PretrainingResult:
     """Draw the loss curve, print the summary, and say where everything is."""
@@ -241,7 +267,7 @@ def _finish(
             "reconstructions": str(picture),
             "loss": f"{metrics[0]['loss']:.4f} -> {metrics[-1]['loss']:.4f}",
             "steps": f"{position.step} ({position.skipped} skipped)",
-            "images that could not be decoded": str(failures),
+            "images that could not be decoded": str(DecodingFailures(output).count),
             "time": str(timedelta(seconds=round(seconds))),
         },
     )

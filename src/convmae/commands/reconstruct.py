@@ -33,8 +33,8 @@ def reconstruct(
 ) -> Path:
     """Draw original, visible patches and reconstruction of some images.
 
-    Visible patches are pasted into the reconstruction. Where the model predicts patches normalised by their own mean and
-    variance (norm_pix), those are put back.
+    Visible patches are pasted into the reconstruction. Where the model predicts patches normalised by their own mean
+    and variance (norm_pix), those are put back.
 
     Args:
         checkpoint: a run's folder, a checkpoint or a weights file, ours or published.
@@ -46,7 +46,7 @@ def reconstruct(
         mask_ratio: fraction of tokens masked, by default as in pretraining.
         seed: of the masks.
 
-    Returns the path of the picture. Raises UserError for a file that is no autoencoder and for images that cannot be read.
+    Returns the path of the picture. Raises UserError for a file that is no autoencoder and for unreadable images.
     """
     if output.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
         raise UserError(f"the picture {output} has no known format: choose a name that ends in .png")

@@ -41,15 +41,11 @@ def demo_photographs() -> list[Path]:
     for package, names in _PHOTOGRAPHS.items():
         specification = importlib.util.find_spec(package)  # finds the package's folder without importing it
         if specification is None or specification.origin is None:
-            raise UserError(
-                "the demo photographs come with scikit-image and scikit-learn: pip install 'convmae[demo]'"
-            )
+            raise UserError("the demo photographs come with scikit-image and scikit-learn: pip install 'convmae[demo]'")
         paths += [Path(specification.origin).parent / name for name in names]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        raise UserError(
-            f"the installed packages lack the demo photograph {missing[0]}: pip install -U 'convmae[demo]'"
-        )
+        raise UserError(f"the installed packages lack the demo photograph {missing[0]}: pip install -U 'convmae[demo]'")
     return paths
 
 
@@ -70,4 +66,4 @@ class DemoReader(Reader):
         return str(self._path(index)) if absolute else self._path(index).name
 
     def _path(self, index: int) -> Path:
-        return self._paths[index % len(self._paths)]
+        return self._paths[index // _CROPS_PER_PHOTOGRAPH]

@@ -23,6 +23,7 @@ class DecodingFailures:
         new = [failure for failure in dict.fromkeys(failed) if failure not in self._listed]
         if new:
             self._listed.update(new)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
                 file.writelines(f"{failure}\n" for failure in new)
 

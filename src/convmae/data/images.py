@@ -1,261 +1,38 @@
-"""Unlabelled pictures for pretraining: from a folder, shards, the hub or the demo to batches of random crops.
+"""Unlabelled pictures for pretraining: from a source of encoded pictures to batches of random crops.
 
-timm's readers find the encoded pictures; Pillow decodes them, a JPEG at a reduced size where the crop allows
-it, and only the crop is resampled. Tensors stay uint8; the device normalises. B batch, C channels, H height,
-W width.
+Pillow decodes the pictures, a JPEG at a reduced size where the crop allows it, and only the crop is
+resampled. Tensors stay uint8; the device normalises. B batch, C channels, H height, W width.
 
 Pictures come out upright (EXIF orientation is applied); of an animation the first frame; without alpha unless
 it is asked for; of 16-bit grey the high byte. What cannot be decoded, truncated files included, is replaced
 by the next.
 """
 
-import io
 import logging
 import math
-import tarfile
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
-from pathlib import Path
+from functools import partial
 from typing import Any, BinaryIO
 
-import fsspec
 import numpy
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from timm.data.readers import create_reader
-from timm.data.readers.reader import Reader
 from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
-from convmae.data.demo import DemoReader
 from convmae.data.sampler import ResumableSampler, mixed_seed
+from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's mode
 _FAILURES_IN_A_ROW = 50  # more than chance damage: a broken disk, or not pictures at all
 # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the crop's sides keep this many times image_size.
 _REDUCING_GAP = 2.0
 
 _logger = logging.getLogger(__name__)
-
-
-# Sources: encoded pictures and their names
-
-
-class ImageCollection:
-    """Encoded pictures that are opened by index."""
-
-    def __init__(self, name: str, reader: Reader, picture_name: Callable[[int], str]) -> None:
-        self.name, self.picture_name, self._reader = name, picture_name, reader
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def open(self, index: int) -> BinaryIO:
-        """The encoded picture number `index`, 0 <= index < len(self); the caller closes it."""
-        return self._reader[index][0]
-
-
-class ImageStream:
-    """Encoded pictures in shuffled order without end, this rank's and worker's share of the shards."""
-
-    def __init__(self, name: str, reader: Reader, num_shards: int) -> None:
-        self.name, self.num_shards, self.reader = name, num_shards, reader
-
-    def configure(self, batch_size: int, num_workers: int, num_replicas: int, rank: int, seed: int) -> None:
-        """Tells timm's reader who reads; before the first iteration."""
-        self.reader.batch_size, self.reader.common_seed = batch_size, seed
-        self.reader.dist_num_replicas, self.reader.dist_rank = num_replicas, rank
-        self.reader.set_loader_cfg(num_workers=max(1, num_workers))
-
-    def __len__(self) -> int:
-        """Samples an epoch on this rank, rounded up to whole batches in every worker."""
-        return len(self.reader)
-
-    def __iter__(self) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
-        """Yields (name or "", function that opens it); raises UserError where a worker has no shard."""
-        if self.reader.ds is None:
-            self._start()
-        while True:
-            empty = True
-            for encoded, key in self.reader:
-                empty = False
-                yield self._named(encoded, key)
-            if empty:
-                raise UserError(
-                    f"{self.name}: a worker has no shard to read: use fewer processes or more shards"
-                )
-
-    def _start(self) -> None:
-        raise NotImplementedError
-
-    def _named(self, encoded: Any, key: Any) -> tuple[str, Callable[[], BinaryIO]]:
-        raise NotImplementedError
-
-
-class _ShardStream(ImageStream):
-    """WebDataset shards."""
-
-    def _start(self) -> None:
-        from timm.data.readers import reader_wds
-
-        # timm's last three stages shuffle by the worker's start-up seed, decode, and insist on a label. Here
-        # the order follows (seed, epoch, worker), and the bytes and names pass through.
-        self.reader._lazy_init()
-        self.reader.ds.pipeline[-3:] = [
-            reader_wds.detshuffle2(
-                self.reader.sample_shuffle_size,
-                self.reader.sample_initial_size,
-                seed=mixed_seed(self.reader.common_seed, self.reader.global_worker_id),
-                epoch=self.reader.epoch_count,
-            ),
-            reader_wds.wds.map(_shard_picture),
-        ]
-
-    def _named(self, encoded: bytes, key: str) -> tuple[str, Callable[[], BinaryIO]]:
-        return key, lambda: io.BytesIO(encoded)
-
-
-class _HuggingFaceStream(ImageStream):
-    """A Hugging Face data set, streamed."""
-
-    def _start(self) -> None:
-        import datasets
-
-        # Otherwise the reader decodes, and one damaged picture ends the stream.
-        self.reader._lazy_init()
-        self.reader.ds = self.reader.ds.cast_column(self.reader.input_key, datasets.Image(decode=False))
-
-    def _named(self, encoded: dict[str, Any], key: Any) -> tuple[str, Callable[[], BinaryIO]]:
-        if encoded is None:
-            encoded = {"bytes": b"", "path": None}
-        if encoded["bytes"] is None:
-            return encoded["path"], lambda: fsspec.open(encoded["path"], "rb").open()
-        return encoded["path"] or "", lambda: io.BytesIO(encoded["bytes"])
-
-
-def open_images(data: str | Path, split: str = "train") -> ImageCollection | ImageStream:
-    """Where pictures come from.
-
-    data: a folder with pictures at any depth; `wds/FOLDER/shards-{0000..0003}.tar` (WebDataset; `|N` appended
-    gives the number of pictures, otherwise local shards are counted); `hfds/NAME` (Hugging Face data set, a
-    hub name or a local folder); `hfids/NAME` (the same, streamed; `|N` where their number is unknown); or
-    `demo`. split: of a Hugging Face data set; elsewhere unused. Raises UserError where there is nothing to
-    read.
-    """
-    prefix, _, rest = str(data).partition("/")
-    if str(data) == "demo":
-        reader = DemoReader()
-        return ImageCollection("demo", reader, reader.filename)
-    if prefix == "wds":
-        return _open_shards(str(data), rest)
-    if prefix in ("hfds", "hfids"):
-        return _open_hugging_face(str(data), prefix, rest, split)
-    return _open_folder(Path(data))
-
-
-def _open_folder(folder: Path) -> ImageCollection:
-    if not folder.exists():
-        raise UserError(f"{folder} does not exist: give a folder with images, or `demo`")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file: give the folder that holds the images")
-    if not any(folder.iterdir()):
-        raise UserError(f"{folder} is empty: put images into it")
-    try:
-        reader = create_reader("", root=str(folder), input_key=";".join(EXTENSIONS))
-    except RuntimeError as error:  # timm found no file with these extensions
-        raise UserError(f"{folder} holds no images: accepted are {' '.join(EXTENSIONS)}") from error
-    return ImageCollection(str(folder), reader, reader.filename)
-
-
-def _open_shards(data: str, location: str) -> ImageStream:
-    if find_spec("webdataset") is None:
-        raise UserError("reading shards needs WebDataset: pip install 'convmae[shards]'")
-    location, _, count = location.partition("|")
-    folder, _, pattern = location.rpartition("/")
-    if not pattern.endswith(".tar"):
-        raise UserError(f"{data} names no shards: write wds/FOLDER/shards-{{0000..0003}}.tar")
-    from timm.data.readers import reader_wds
-
-    shards = [f"{folder}/{name}" if folder else name for name in reader_wds.expand_urls(pattern)]
-    local = "://" not in location and not location.startswith("pipe:")
-    missing = [shard for shard in shards if local and not Path(shard).is_file()]
-    if len(missing) == len(shards):
-        raise UserError(
-            f"{data} matches no shard: there is no {missing[0]}; check the folder and {{first..last}}"
-        )
-    if missing:
-        raise UserError(f"the shard {missing[0]} does not exist: check {{first..last}} in {data}")
-    if not local and not count:
-        raise UserError(f"remote shards cannot be counted: append the number of pictures, {data}|N")
-    num_samples = _positive_count(data, count) if count else sum(map(_count_pictures, shards))
-    if not num_samples:
-        raise UserError(f"the shards of {data} hold no images: accepted are {' '.join(EXTENSIONS)}")
-    reader = create_reader("wds/", root=folder, split=pattern, is_training=True, num_samples=num_samples)
-    return _ShardStream(data, reader, len(shards))
-
-
-def _open_hugging_face(data: str, prefix: str, location: str, split: str) -> ImageCollection | ImageStream:
-    if find_spec("datasets") is None:
-        raise UserError("reading Hugging Face data sets needs `datasets`: pip install 'convmae[hub]'")
-    import datasets
-
-    name, _, count = location.partition("|")
-    num_samples = _positive_count(data, count) if count else None
-    try:
-        features = datasets.load_dataset_builder(name).info.features
-        columns = [key for key, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
-        if features and not columns:
-            raise UserError(f"{data} has no column of images: its columns are {', '.join(features)}")
-        # The columns of local files are unknown until they are read; `datasets` then calls theirs "image".
-        column = columns[0] if columns else "image"
-        # timm requires a label column; naming the pictures' own column as the label makes do without.
-        options: dict[str, Any] = {"split": split, "input_key": column, "target_key": column}
-        if prefix == "hfds":
-            reader = create_reader(f"hfds/{name}", **options)
-            return ImageCollection(data, reader, "row {}".format)
-        reader = create_reader(
-            f"hfids/{name}", **options, input_img_mode="", is_training=True, num_samples=num_samples
-        )
-        num_shards = reader.builder.as_streaming_dataset(split=split).num_shards
-    except UserError:
-        raise
-    except (
-        Exception
-    ) as error:  # missing data set, split or column, no network: `datasets` has a type for each
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if "num_samples" in reason:
-            raise UserError(f"the length of {data} is unknown: append it, {data}|N") from error
-        raise UserError(f"{data}, split {split}, cannot be opened, check both: {reason}") from error
-    return _HuggingFaceStream(data, reader, num_shards)
-
-
-def _positive_count(data: str, count: str) -> int:
-    if not count.isdecimal() or int(count) == 0:
-        raise UserError(f"{data}: after | comes the number of pictures, not {count!r}")
-    return int(count)
-
-
-def _count_pictures(shard: str) -> int:
-    try:
-        with tarfile.open(shard) as members:
-            return sum(Path(name).suffix.lower() in EXTENSIONS for name in members.getnames())
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"the shard {shard} cannot be read, write it again: {error}") from error
-
-
-def _shard_picture(sample: dict[str, Any]) -> dict[str, Any]:
-    """The first picture of a WebDataset sample and its name, under the keys that timm's reader passes on."""
-    fields = [field for field in sample if f".{field.rpartition('.')[2].lower()}" in EXTENSIONS]
-    name = f"{Path(sample.get('__url__', '')).name}/{sample['__key__']}"
-    return {"image": sample[fields[0]] if fields else b"", "target": name}
-
-
-# Decoding and augmentation
 
 
 class RandomCrop:
@@ -265,13 +42,11 @@ class RandomCrop:
         self, image_size: tuple[int, int], in_channels: int = 3, scale: tuple[float, float] = (0.2, 1.0)
     ) -> None:
         """image_size: (H, W) of the crops; in_channels: 1 grey, 3 RGB, 4 RGBA; scale: share of the area."""
-        if in_channels not in _MODES:
-            raise UserError(
-                f"images have 1 (grey), 3 (RGB) or 4 (RGBA) channels: in_channels cannot be {in_channels}"
-            )
+        self._mode = _mode(in_channels)
         if min(image_size) < 1 or not 0 < scale[0] <= scale[1] <= 1:
             raise UserError(f"a crop needs a positive size and 0 < scale <= 1: not {image_size} and {scale}")
-        self.image_size, self._mode = tuple(image_size), _MODES[in_channels]
+        height, width = image_size
+        self.image_size = (height, width)
         self._crop = v2.RandomResizedCrop(self.image_size, scale, interpolation=InterpolationMode.BICUBIC)
         self._flip = v2.RandomHorizontalFlip()
 
@@ -293,9 +68,7 @@ def _decode_crop(
     # longer side stands for both, since EXIF may exchange them.
     pixels = max(image_size) * _REDUCING_GAP
     full_width = image.width
-    drafted = image.draft(
-        mode, (math.ceil(full_width * pixels / width), math.ceil(image.height * pixels / height))
-    )
+    drafted = image.draft(mode, (math.ceil(full_width * pixels / width), math.ceil(image.height * pixels / height)))
     reduction = round(full_width / drafted[1][2]) if drafted else 1
     image.load()
     right, bottom = round((left + width) / reduction), round((top + height) / reduction)
@@ -306,6 +79,18 @@ def _decode_crop(
     except Exception as error:  # damaged metadata raise as many types as damaged pixels, and do no harm
         _logger.debug("unreadable EXIF: %s", error)
     return _converted(cropped, mode)
+
+
+def decode_image(file: BinaryIO, in_channels: int = 3) -> Tensor:
+    """A whole encoded picture -> uint8 (C, H, W), upright; raises whatever Pillow raises on damaged files."""
+    with Image.open(file) as image:
+        return functional.pil_to_tensor(_converted(ImageOps.exif_transpose(image), _mode(in_channels)))
+
+
+def _mode(in_channels: int) -> str:
+    if in_channels not in _MODES:
+        raise UserError(f"images have 1 (grey), 3 (RGB) or 4 (RGBA) channels: in_channels cannot be {in_channels}")
+    return _MODES[in_channels]
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
@@ -356,9 +141,7 @@ class PretrainingImages(Dataset):
         for attempt in range(min(_FAILURES_IN_A_ROW, len(self))):
             position = (index + attempt) % len(self)
             try:
-                image = _seeded_crop(
-                    self.crop, lambda at=position: self.source.open(at), self.seed, epoch, index
-                )
+                image = _seeded_crop(self.crop, partial(self.source.open, position), self.seed, epoch, index)
             except UndecodableImageError as error:
                 failed.append(f"{self.source.picture_name(position)}: {error}")
             else:
@@ -407,9 +190,7 @@ class StreamedPretrainingImages(IterableDataset):
 
 
 def _all_failed(name: str, failed: list[str]) -> UserError:
-    return UserError(
-        f"{name}: {len(failed)} images in a row cannot be decoded, check the files: {failed[-1]}"
-    )
+    return UserError(f"{name}: {len(failed)} images in a row cannot be decoded, check the files: {failed[-1]}")
 
 
 # Batches
@@ -435,7 +216,8 @@ class PretrainingLoader(DataLoader):
         A folder continues the exact sequence. A stream continues with the same samples, but where `batch` is
         no multiple of num_workers its batches are in another order, and undecodable pictures shift the start.
         """
-        (self.sampler if self._stream is None else self._stream).set_position(epoch, batch)
+        positioned: Any = self.sampler if self._stream is None else self._stream
+        positioned.set_position(epoch, batch)
 
     @property
     def _stream(self) -> StreamedPretrainingImages | None:
@@ -446,7 +228,7 @@ class PretrainingLoader(DataLoader):
             return super().__len__()
         return len(self._stream.source) // self._stream.batch_size - self._stream.first_batch.value
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         try:
             yield from super().__iter__()
         except UserError as error:
@@ -480,9 +262,7 @@ def build_loader(
     if isinstance(source, ImageStream):
         most = max(1, source.num_shards // num_replicas)
         if num_workers > most:
-            _logger.warning(
-                "%s: %d loader workers instead of %d, one a shard", source.name, most, num_workers
-            )
+            _logger.warning("%s: %d loader workers instead of %d, one a shard", source.name, most, num_workers)
             num_workers = most
         source.configure(batch_size, num_workers, num_replicas, rank, seed)
         dataset = StreamedPretrainingImages(source, crop, batch_size, seed)
@@ -498,4 +278,6 @@ def build_loader(
         pin_memory=pin_memory,
         drop_last=True,
         persistent_workers=num_workers > 0,
+        # Each pass draws a seed for the workers; from the global generator, a resumed run would have one draw more.
+        generator=torch.Generator(),
     )

@@ -4,7 +4,7 @@ Shape letters: B images (times the number of complementary sets), H x W the grid
 P = 16*16*channels values a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,9 +69,13 @@ class ConvMAE(nn.Module):
         if mask_stage not in (1, 3):
             raise UserError(f"mask stage {mask_stage} is unknown: choose 3 (block-wise) or 1 (the ablation)")
         if mask_stage == 1 and (complementary_sets or not masked_convolution):
-            raise UserError("masks drawn at stage 1 need masked convolutions and no complementary sets: drop one option")
+            raise UserError(
+                "masks drawn at stage 1 need masked convolutions and no complementary sets: drop one option"
+            )
         if grid == (1, 1):
-            raise UserError(f"image size {size[0]}x{size[1]} has a single token, nothing can be masked: choose a larger one")
+            raise UserError(
+                f"image size {size[0]}x{size[1]} has a single token, nothing can be masked: choose a larger one"
+            )
         # Both raise if the setting is out of range, here rather than in the first step.
         visible_count(grid[0] * grid[1], mask_ratio)
         if complementary_sets:
@@ -145,7 +149,7 @@ class ConvMAE(nn.Module):
         return self.encoder.normalize.undo(_unpatchify(mixed, images.shape[-2:]))
 
     def draw_visible(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One visible map for each of `images` (B, C, H*16, W*16), as training draws them; of several sets, the first."""
+        """One visible map for each of `images` (B, C, H*16, W*16), drawn as in training; of several sets, the first."""
         return self._mask(images, None, generator)[0][: images.shape[0]]
 
     def patchify(self, images: Tensor) -> Tensor:
@@ -183,13 +187,12 @@ class ConvMAE(nn.Module):
         return visible, Packing.of(visible, count)
 
     def _encode(self, patches: Tensor, visible: Tensor, packing: Packing) -> Tensor:
-        grid = packing.visible.shape[1:]
-        pos_embed = resized_pos_embed(self.encoder.pos_embed, (grid[0], grid[1])).flatten(0, 2)  # (L, C)
+        pos_embed = resized_pos_embed(self.encoder.pos_embed, packing.grid).flatten(0, 2)  # (L, C)
         image = torch.arange(visible.shape[0], device=visible.device)[:, None] % patches.shape[0]
         if self.dense:
-            pixels = _dense_pixels(patches, (grid[0], grid[1]))[image[:, 0]]
+            pixels = _dense_pixels(patches, packing.grid)[image[:, 0]]
             stages = self.encoder.convolve(pixels, *self._visible_cells(visible))
-            pack = packing.pack
+            pack: Callable[[Tensor], Tensor] = packing.pack
         else:
             stages = self.encoder.convolve(patches[image, packing.index], packing, packing)
             pack = _unchanged
@@ -226,12 +229,14 @@ class ConvMAE(nn.Module):
         """A visible map as bool that broadcasts against patches (B, L, P)."""
         if self.mask_stage == 3:
             return visible.flatten(1)[..., None]  # (B, L, 1)
-        pixels = _upsample(merge_cells(visible[..., None], CELLS).unflatten(-1, (CELLS, CELLS)).flatten(0, 2), PATCH // CELLS)
+        pixels = _upsample(
+            merge_cells(visible[..., None], CELLS).unflatten(-1, (CELLS, CELLS)).flatten(0, 2), PATCH // CELLS
+        )
         channels = patches.shape[-1] // PATCH**2
         return pixels.flatten(1).repeat_interleave(channels, dim=1).view(patches.shape)  # (B*L, 16, 16) -> (B, L, P)
 
     def _initialise(self) -> None:
-        """As published: Xavier-uniform for the transformers and the third downsampling, torch's own for the convolutions.
+        """As published: Xavier-uniform for transformers and third downsampling, torch's own for the convolutions.
 
         Pointwise and strided convolutions are nn.Linear here, whose own initialisation is that of a convolution.
         """

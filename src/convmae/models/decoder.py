@@ -34,7 +34,7 @@ class Decoder(nn.Module):
         x = self.embed(latent)
         everywhere = self.mask_token.to(x.dtype).expand(x.shape[0], packing.visible[0].numel(), -1)
         x = everywhere.scatter(1, packing.index[..., None].expand_as(x), x)  # (B, K, D) into (B, L, D)
-        x = x + resized_pos_embed(self.pos_embed, packing.visible.shape[1:]).flatten(1, 2)
+        x = x + resized_pos_embed(self.pos_embed, packing.grid).flatten(1, 2)
         for block in self.blocks:
             x = block(x)
         return self.prediction(self.norm(x))

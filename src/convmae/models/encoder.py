@@ -1,8 +1,8 @@
 """The encoder: two stages of depthwise-convolution blocks at strides 4 and 8, then a transformer at stride 16.
 
-One set of weights, two ways through it. Dense maps (B, H, W, C) hold every cell; packed maps (B, K, s, s, C) hold only the
-cells of visible tokens (see `convmae.packing`). All layers but one work on the last axes alone, so the same code serves
-both; only the depthwise convolution looks at neighbours and is told which way it is on.
+One set of weights, two ways through it. Dense maps (B, H, W, C) hold every cell; packed maps (B, K, s, s, C) hold only
+the cells of visible tokens (see `convmae.packing`). All layers but one work on the last axes alone, so the same code
+serves both; only the depthwise convolution looks at neighbours and is told which way it is on.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ Where = Packing | Tensor | None
 class Downsample(nn.Module):
     """A convolution whose stride is its size, then LayerNorm and GELU: (..., h, w, C) -> (..., h / f, w / f, D).
 
-    Such a convolution is a matrix product over blocks of f x f cells; its weight is (D, f*f*C) in (row, column, channel)
-    order. On packed maps h and w are the cells of one token.
+    Such a convolution is a matrix product over blocks of f x f cells; its weight is (D, f*f*C) in (row, column,
+    channel) order. On packed maps h and w are the cells of one token.
     """
 
     def __init__(self, in_channels: int, out_channels: int, factor: int) -> None:
@@ -55,9 +55,11 @@ class DepthwiseConv(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
-        like = nn.Conv2d(channels, channels, kernel_size, groups=channels)  # for torch's initialisation
-        self.weight = like.weight  # (C, 1, k, k)
-        self.bias = like.bias
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size, kernel_size))  # (C, 1, k, k)
+        self.bias = nn.Parameter(torch.empty(channels))
+        bound = 1 / kernel_size  # as torch initialises a convolution: 1 / sqrt(fan in)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
         if isinstance(where, Packing):
@@ -71,9 +73,7 @@ class ConvBlock(nn.Module):
     Maps are dense (B, H, W, C) or packed (B, K, s, s, C), as `where` says.
     """
 
-    def __init__(
-        self, channels: int, kernel_size: int = 5, mlp_ratio: float = 4.0, drop_path: float = 0.0
-    ) -> None:
+    def __init__(self, channels: int, kernel_size: int = 5, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels, eps=1e-5)
         self.pointwise1 = nn.Linear(channels, channels)
@@ -103,8 +103,8 @@ class Stages(NamedTuple):
 class ConvViT(nn.Module):
     """The hybrid encoder: convolution stages 1 and 2, transformer stage 3 (section 3.1; defaults are the paper's base).
 
-    image_size: height and width in pixels, multiples of 16; it sets the grid of the position embedding, which is resized
-        for inputs of another size.
+    image_size: height and width in pixels, multiples of 16; it sets the grid of the position embedding, which is
+        resized for inputs of another size.
     widths, depths: channels and blocks of the three stages. kernel_size: of the depthwise convolutions, odd.
     drop_path: rate of the last block; it grows linearly from 0 at the first.
     """
@@ -164,13 +164,13 @@ class ConvViT(nn.Module):
     def _stage(x: Tensor, blocks: nn.ModuleList, where: Where) -> Tensor:
         for block in blocks:
             x = block(x, where)
-        # A masked cell must not be merged with visible ones by the next, strided layer. (Where whole tokens are masked no
-        # layer merges the two, and packed maps hold no masked cell.)
+        # A masked cell must not be merged with visible ones by the next, strided layer. (Where whole tokens are masked
+        # no layer merges the two, and packed maps hold no masked cell.)
         return x * where[..., None] if isinstance(where, Tensor) else x
 
 
 class Normalize(nn.Module):
-    """uint8 images (B, C, H, W) to float, less the mean and divided by the standard deviation; float images pass through.
+    """uint8 images (B, C, H, W) to float, less the mean, over the standard deviation; float images pass through.
 
     Three channels take ImageNet's statistics, other numbers of channels 0.5 and 0.5.
     """

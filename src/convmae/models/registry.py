@@ -34,13 +34,13 @@ def _size(model: str) -> dict[str, Any]:
 
 
 def create_autoencoder(model: str = "base", **settings: Any) -> ConvMAE:
-    """A ConvMAE of a named size (tiny, small, base, large, huge); `settings` are those of ConvMAE and override it."""
+    """A ConvMAE of a named size (tiny, small, base, large, huge); `settings` of ConvMAE override it."""
     decoder = _TINY_DECODER if model.removeprefix("convmae_") == "tiny" else {}
     return ConvMAE(**{**_size(model), **decoder, **settings})
 
 
 def create_classifier(model: str = "base", **settings: Any) -> Classifier:
-    """A Classifier of a named size (tiny, small, base, large, huge); `settings` are those of Classifier and override it."""
+    """A Classifier of a named size (tiny, small, base, large, huge); `settings` of Classifier override it."""
     return Classifier(**{**_size(model), **settings})
 
 
@@ -70,9 +70,7 @@ def load(
     model: ConvMAE | Classifier
     if "decoder.mask_token" in state:
         known["decoder_num_heads"] = (
-            decoder_num_heads
-            or facts.get("decoder_num_heads")
-            or _heads(found["decoder_width"], "decoder_num_heads")
+            decoder_num_heads or facts.get("decoder_num_heads") or _heads(found["decoder_width"], "decoder_num_heads")
         )
         model = ConvMAE(**{**known, **settings})
     else:
@@ -107,13 +105,20 @@ def _heads(width: int, argument: str) -> int:
     if width in known:
         return known[width]
     guess = max(4, width // 64)
-    _log.warning("no tensor tells the number of heads of width %d: assuming %s=%d; pass it if it differs", width, argument, guess)
+    _log.warning(
+        "no tensor tells the number of heads of width %d: assuming %s=%d; pass it if it differs",
+        width,
+        argument,
+        guess,
+    )
     return guess
 
 
 def _timm(size: str, pretrained: bool, settings: dict[str, Any]) -> Classifier:
     if pretrained:
-        raise UserError(f"no weights of convmae_{size} can be downloaded: use checkpoint_path=FILE or convmae.load(FILE)")
+        raise UserError(
+            f"no weights of convmae_{size} can be downloaded: use checkpoint_path=FILE or convmae.load(FILE)"
+        )
     # timm hands these to every model; here they say nothing new.
     accepted = {k: v for k, v in settings.items() if not k.startswith("pretrained_") and k != "cache_dir"}
     if "in_chans" in accepted:

@@ -1,7 +1,7 @@
 """The depthwise convolution that sees masked positions as zeros: the only layer that mixes neighbouring cells.
 
-`masked_depthwise_dense` is the definition: multiply a dense map by the mask, then convolve. `masked_depthwise` gives the
-same numbers, gradients included, on packed maps. Shape letters as in `convmae.packing`; k is the kernel size.
+`masked_depthwise_dense` is the definition: multiply a dense map by the mask, then convolve. `masked_depthwise` gives
+the same numbers, gradients included, on packed maps. Shape letters as in `convmae.packing`; k is the kernel size.
 """
 
 import torch
@@ -57,7 +57,9 @@ def _weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor, packing: Packi
     padded = pad(packing.unpack(x), (0, 0, margin, margin, margin, margin))
     rows = packing.cells(side, margin)
     gradient = gradient.reshape(rows.numel(), -1)  # (B, K, s, s, C) -> (B*K*s*s, C)
-    shifts = [row * padded.shape[2] + column - margin * (padded.shape[2] + 1) for row in range(size) for column in range(size)]
+    shifts = [
+        row * padded.shape[2] + column - margin * (padded.shape[2] + 1) for row in range(size) for column in range(size)
+    ]
     padded = padded.flatten(0, 2)
     # One buffer for all shifts: on a CPU fresh memory costs more than the arithmetic.
     neighbour = torch.empty_like(gradient)

@@ -17,7 +17,7 @@ class EngineOptions:
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device."""
     devices: int | Literal["auto"] = "auto"
-    """Processes on this machine, one a device; auto: all GPUs, or one CPU process. torchrun and SLURM set it themselves."""
+    """Processes on this machine, one a device; auto: all GPUs, or one CPU process. torchrun sets it itself."""
     num_nodes: int = 1
     """Machines."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
@@ -38,7 +38,9 @@ def start_engine(options: EngineOptions) -> Fabric:
         raise UserError("no MPS device on this machine: use --engine.accelerator auto or cpu")
     on_gpu = options.accelerator in ("auto", "cuda") and torch.cuda.is_available()
     if on_gpu and devices != "auto" and devices > torch.cuda.device_count():
-        raise UserError(f"{devices} devices asked, this machine has {torch.cuda.device_count()}: lower --engine.devices")
+        raise UserError(
+            f"{devices} devices asked, this machine has {torch.cuda.device_count()}: lower --engine.devices"
+        )
     if options.workers < 0 or (devices != "auto" and devices < 1) or num_nodes < 1:
         raise UserError("devices and num_nodes must be at least 1 and workers at least 0: check --engine")
     fabric = Fabric(

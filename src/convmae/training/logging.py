@@ -1,6 +1,7 @@
 """What a run tells while it goes: progress bar, `metrics.jsonl`, TensorBoard, and Weights & Biases by flag."""
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +9,14 @@ from pathlib import Path
 
 from lightning.fabric.loggers import TensorBoardLogger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from convmae.errors import UserError
@@ -34,7 +42,9 @@ class RunLog:
     def __init__(self, folder: Path, options: LoggingOptions, active: bool = True) -> None:
         self.folder = folder
         self.active = active
-        self.console = Console(stderr=True, quiet=not active, highlight=False)
+        # Files have no width of their own: wide enough for the paths of the summary.
+        width = None if sys.stderr.isatty() else 160
+        self.console = Console(stderr=True, quiet=not active, highlight=False, width=width)
         self._loggers: list = []
         if not active:
             return
@@ -80,7 +90,8 @@ class RunLog:
             start, first = self._began
             left = (time.monotonic() - start) / max(step - first, 1) * (self._total - step)
             self.console.print(
-                f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._total}  {figures}  {_clock(left)} left", soft_wrap=True
+                f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._total}  {figures}  {_clock(left)} left",
+                soft_wrap=True,
             )
 
     def say(self, message: str, style: str | None = None) -> None:
@@ -97,6 +108,8 @@ class RunLog:
     def summary(self, title: str, rows: Mapping[str, str]) -> None:
         """Print the table that ends a run."""
         table = Table(title=title, show_header=False, title_justify="left")
+        table.add_column()
+        table.add_column(overflow="fold")
         for name, value in rows.items():
             table.add_row(name, value)
         self.console.print(table)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed
 from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
@@ -43,13 +44,17 @@ class Position:
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the user asked for it)
-    """SIGTERM or Ctrl-C arrived; a checkpoint was written."""
+    """SIGTERM or Ctrl-C arrived; a checkpoint was written. `signal` is the signal's number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def train(
     fabric: Fabric,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    model: _FabricModule,
+    optimizer: _FabricOptimizer,
     schedule: Scheduler,
     batches: Callable[[int, int], Iterable[Tensor]],
     plan: Plan,
@@ -61,11 +66,12 @@ def train(
 ) -> Position:
     """Train to the end of the plan, from the beginning or from a `restored` training state.
 
-    model, optimizer: as Fabric set them up. batches(epoch, first): this process's batches of an epoch from number `first`
-    on, one for each pass. write_model: writes the model's file into a checkpoint folder. after_epoch: called in every
-    process with the number of the epoch that ended.
+    model, optimizer: as Fabric set them up. batches(epoch, first): this process's batches of an epoch from number
+    `first` on, one for each pass. write_model: writes the model's file into a checkpoint folder. after_epoch: called
+    in every process with the number of the epoch that ended.
 
-    Raises Interrupted after SIGTERM or Ctrl-C, and UserError after `max_skipped` steps in a row without a finite gradient.
+    Raises Interrupted after SIGTERM or Ctrl-C, and UserError after `max_skipped` steps in a row without a finite
+    gradient.
     """
     position = Position()
     if restored is not None:
@@ -116,9 +122,10 @@ def train(
                     log.metrics(position.step, epoch, figures)
                     losses.zero_()
                     last_logged, clock = position.step, time.perf_counter()
-                if _agreed(fabric, stop, at_log):
+                if signal_number := _agreed(fabric, stop, at_log):
                     path = save()
-                    raise Interrupted(f"stopped at step {position.step} of {total}: checkpoint {path}")
+                    message = f"stopped at step {position.step} of {total}: checkpoint {path}; continue with --resume"
+                    raise Interrupted(message, signal_number)
             last = epoch + 1 == plan.epochs
             if last or (epoch + 1) % plan.checkpoint_every_epochs == 0:
                 save()
@@ -126,7 +133,7 @@ def train(
     return position
 
 
-def _accumulate_gradient(fabric: Fabric, model: nn.Module, passes: list[Tensor]) -> Tensor:
+def _accumulate_gradient(fabric: Fabric, model: _FabricModule, passes: list[Tensor]) -> Tensor:
     """Forward and backward over the passes of one step; the mean loss, detached."""
     losses = []
     for number, batch in enumerate(passes, start=1):
@@ -141,7 +148,7 @@ def _accumulate_gradient(fabric: Fabric, model: nn.Module, passes: list[Tensor])
 def _gradient_norm(model: nn.Module, clip: float | None) -> Tensor:
     """Norm of the gradient that all processes share; the gradient is scaled down to `clip` if that is given."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     return norm
@@ -153,17 +160,16 @@ class SkipNotFinite:
     Processes average their gradients before this, so one bad loss anywhere makes the norm bad everywhere: all agree.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self._wrapped = optimizer
-        self._optimizer = getattr(optimizer, "optimizer", optimizer)  # inside Fabric's wrapper
+    def __init__(self, optimizer: _FabricOptimizer, device: torch.device) -> None:
+        self._optimizer = optimizer
         self._counts = torch.zeros(2, device=device)  # skipped in all, skipped in a row
 
     def step(self, norm: Tensor) -> None:
         """One optimiser step, or none if `norm` is not finite."""
         bad = (~norm.isfinite()).float()
         # The protocol by which torch's gradient scaler tells a fused optimiser to leave everything unchanged.
-        self._optimizer.found_inf = bad  # type: ignore[attr-defined]
-        self._wrapped.step()
+        self._optimizer.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self._optimizer.step()
         self._counts += bad
         self._counts[1] *= bad
 
@@ -188,7 +194,7 @@ class StopSignal:
     """Remembers SIGTERM and Ctrl-C while inside; a second Ctrl-C ends at once."""
 
     def __enter__(self) -> "StopSignal":
-        self.arrived = False
+        self.arrived = 0  # the signal's number
         self._before = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -202,22 +208,21 @@ class StopSignal:
     def _remember(self, number: int, _frame: object) -> None:
         if self.arrived and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.arrived = True
+        self.arrived = number
 
 
-def _agreed(fabric: Fabric, stop: StopSignal, at_log: bool) -> bool:
-    """Whether to stop: the signal may reach one process only, so several ask each other, on logging steps."""
+def _agreed(fabric: Fabric, stop: StopSignal, at_log: bool) -> int:
+    """The signal to stop for, or 0. It may reach one process only, so several ask each other, on logging steps."""
     if fabric.world_size == 1:
         return stop.arrived
     if not at_log:
-        return False
-    flag = torch.tensor(float(stop.arrived), device=fabric.device)
-    return bool(fabric.all_reduce(flag, reduce_op="sum") > 0)
+        return 0
+    arrived = torch.tensor(stop.arrived, device=fabric.device)
+    torch.distributed.all_reduce(arrived, torch.distributed.ReduceOp.MAX)
+    return int(arrived)
 
 
-def _state(
-    fabric: Fabric, optimizer: torch.optim.Optimizer, schedule: Scheduler, position: Position
-) -> dict[str, Any]:
+def _state(fabric: Fabric, optimizer: _FabricOptimizer, schedule: Scheduler, position: Position) -> dict[str, Any]:
     """The training state of all processes; every process must call this."""
     mine = {"cpu": torch.get_rng_state()}
     if fabric.device.type == "cuda":
@@ -235,7 +240,7 @@ def _state(
     }
 
 
-def _restore(fabric: Fabric, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Position:
+def _restore(fabric: Fabric, optimizer: _FabricOptimizer, state: dict[str, Any]) -> Position:
     """Put optimiser and random numbers back where `state` has them."""
     optimizer.load_state_dict(state["optimizer"])
     # With another number of processes the random numbers cannot go on as before; the seeds of the start serve.
@@ -245,5 +250,3 @@ def _restore(fabric: Fabric, optimizer: torch.optim.Optimizer, state: dict[str, 
         if "cuda" in mine and fabric.device.type == "cuda":
             torch.cuda.set_rng_state(mine["cuda"], fabric.device)
     return Position(state["step"], state["skipped"])
-
-

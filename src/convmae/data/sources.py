@@ -1,0 +1,222 @@
+"""Where unlabelled pictures come from: a folder, shards, the Hugging Face hub or the demo.
+
+A source hands out encoded pictures: by index (ImageCollection), or as a shuffled stream (ImageStream). timm's
+readers find them; nothing is decoded here.
+"""
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+from timm.data.readers import create_reader
+
+from convmae.data.demo import DemoReader
+from convmae.data.sampler import mixed_seed
+from convmae.errors import UserError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+class ImageCollection:
+    """Encoded pictures that are opened by index."""
+
+    def __init__(self, name: str, reader: Any, picture_name: Callable[[int], str]) -> None:
+        self.name, self.picture_name, self._reader = name, picture_name, reader
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def open(self, index: int) -> BinaryIO:
+        """The encoded picture number `index`, 0 <= index < len(self); the caller closes it."""
+        return self._reader[index][0]
+
+
+class ImageStream:
+    """Encoded pictures in shuffled order without end, this rank's and worker's share of the shards."""
+
+    def __init__(self, name: str, reader: Any, num_shards: int) -> None:
+        self.name, self.num_shards, self.reader = name, num_shards, reader
+
+    def configure(self, batch_size: int, num_workers: int, num_replicas: int, rank: int, seed: int) -> None:
+        """Tells timm's reader who reads; before the first iteration."""
+        self.reader.batch_size, self.reader.common_seed = batch_size, seed
+        self.reader.dist_num_replicas, self.reader.dist_rank = num_replicas, rank
+        self.reader.set_loader_cfg(num_workers=max(1, num_workers))
+
+    def __len__(self) -> int:
+        """Samples an epoch on this rank, rounded up to whole batches in every worker."""
+        return len(self.reader)
+
+    def __iter__(self) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
+        """Yields (name or "", function that opens it); raises UserError where a worker has no shard."""
+        if self.reader.ds is None:
+            self._start()
+        while True:
+            empty = True
+            for encoded, key in self.reader:
+                empty = False
+                yield self._named(encoded, key)
+            if empty:
+                raise UserError(f"{self.name}: a worker has no shard to read: use fewer processes or more shards")
+
+    def _start(self) -> None:
+        raise NotImplementedError
+
+    def _named(self, encoded: Any, key: Any) -> tuple[str, Callable[[], BinaryIO]]:
+        raise NotImplementedError
+
+
+class _ShardStream(ImageStream):
+    """WebDataset shards."""
+
+    def _start(self) -> None:
+        from timm.data.readers import reader_wds
+
+        # timm's last three stages shuffle by the worker's start-up seed, decode, and insist on a label. Here
+        # the order follows (seed, epoch, worker), and the bytes and names pass through.
+        self.reader._lazy_init()
+        self.reader.ds.pipeline[-3:] = [
+            reader_wds.detshuffle2(
+                self.reader.sample_shuffle_size,
+                self.reader.sample_initial_size,
+                seed=mixed_seed(self.reader.common_seed, self.reader.global_worker_id),
+                epoch=self.reader.epoch_count,
+            ),
+            reader_wds.wds.map(_shard_picture),
+        ]
+
+    def _named(self, encoded: bytes, key: str) -> tuple[str, Callable[[], BinaryIO]]:
+        return key, lambda: io.BytesIO(encoded)
+
+
+class _HuggingFaceStream(ImageStream):
+    """A Hugging Face data set, streamed."""
+
+    def _start(self) -> None:
+        import datasets
+
+        # Otherwise the reader decodes, and one damaged picture ends the stream.
+        self.reader._lazy_init()
+        self.reader.ds = self.reader.ds.cast_column(self.reader.input_key, datasets.Image(decode=False))
+
+    def _named(self, encoded: dict[str, Any], key: Any) -> tuple[str, Callable[[], BinaryIO]]:
+        if encoded is None:
+            encoded = {"bytes": b"", "path": None}
+        if encoded["bytes"] is None:
+            return encoded["path"], lambda: fsspec.open(encoded["path"], "rb").open()
+        return encoded["path"] or "", lambda: io.BytesIO(encoded["bytes"])
+
+
+def open_images(data: str | Path, split: str = "train") -> ImageCollection | ImageStream:
+    """Where pictures come from.
+
+    data: a folder with pictures at any depth; `wds/FOLDER/shards-{0000..0003}.tar` (WebDataset; `|N` appended
+    gives the number of pictures, otherwise local shards are counted); `hfds/NAME` (Hugging Face data set, a
+    hub name or a local folder); `hfids/NAME` (the same, streamed; `|N` where their number is unknown); or
+    `demo`. split: of a Hugging Face data set; elsewhere unused. Raises UserError where there is nothing to
+    read.
+    """
+    prefix, _, rest = str(data).partition("/")
+    if str(data) == "demo":
+        reader = DemoReader()
+        return ImageCollection("demo", reader, reader.filename)
+    if prefix == "wds":
+        return _open_shards(str(data), rest)
+    if prefix in ("hfds", "hfids"):
+        return _open_hugging_face(str(data), prefix, rest, split)
+    return _open_folder(Path(data))
+
+
+def _open_folder(folder: Path) -> ImageCollection:
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist: give a folder with images, or `demo`")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: give the folder that holds the images")
+    if not any(folder.iterdir()):
+        raise UserError(f"{folder} is empty: put images into it")
+    try:
+        reader = create_reader("", root=str(folder), input_key=";".join(EXTENSIONS))
+    except RuntimeError as error:  # timm found no file with these extensions
+        raise UserError(f"{folder} holds no images: accepted are {' '.join(EXTENSIONS)}") from error
+    return ImageCollection(str(folder), reader, reader.filename)
+
+
+def _open_shards(data: str, location: str) -> ImageStream:
+    if find_spec("webdataset") is None:
+        raise UserError("reading shards needs WebDataset: pip install 'convmae[shards]'")
+    location, _, count = location.partition("|")
+    folder, _, pattern = location.rpartition("/")
+    if not pattern.endswith(".tar"):
+        raise UserError(f"{data} names no shards: write wds/FOLDER/shards-{{0000..0003}}.tar")
+    from timm.data.readers import reader_wds
+
+    shards = [f"{folder}/{name}" if folder else name for name in reader_wds.expand_urls(pattern)]
+    local = "://" not in location and not location.startswith("pipe:")
+    missing = [shard for shard in shards if local and not Path(shard).is_file()]
+    if len(missing) == len(shards):
+        raise UserError(f"{data} matches no shard: there is no {missing[0]}; check the folder and {{first..last}}")
+    if missing:
+        raise UserError(f"the shard {missing[0]} does not exist: check {{first..last}} in {data}")
+    if not local and not count:
+        raise UserError(f"remote shards cannot be counted: append the number of pictures, {data}|N")
+    num_samples = _positive_count(data, count) if count else sum(map(_count_pictures, shards))
+    if not num_samples:
+        raise UserError(f"the shards of {data} hold no images: accepted are {' '.join(EXTENSIONS)}")
+    reader = create_reader("wds/", root=folder, split=pattern, is_training=True, num_samples=num_samples)
+    return _ShardStream(data, reader, len(shards))
+
+
+def _open_hugging_face(data: str, prefix: str, location: str, split: str) -> ImageCollection | ImageStream:
+    if find_spec("datasets") is None:
+        raise UserError("reading Hugging Face data sets needs `datasets`: pip install 'convmae[hub]'")
+    import datasets
+
+    name, _, count = location.partition("|")
+    num_samples = _positive_count(data, count) if count else None
+    try:
+        features = datasets.load_dataset_builder(name).info.features
+        columns = [key for key, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
+        if features and not columns:
+            raise UserError(f"{data} has no column of images: its columns are {', '.join(features)}")
+        # The columns of local files are unknown until they are read; `datasets` then calls theirs "image".
+        column = columns[0] if columns else "image"
+        # timm requires a label column; naming the pictures' own column as the label makes do without.
+        options: dict[str, Any] = {"split": split, "input_key": column, "target_key": column}
+        if prefix == "hfds":
+            reader = create_reader(f"hfds/{name}", **options)
+            return ImageCollection(data, reader, "row {}".format)
+        reader = create_reader(f"hfids/{name}", **options, input_img_mode="", is_training=True, num_samples=num_samples)
+        num_shards = reader.builder.as_streaming_dataset(split=split).num_shards
+    except UserError:
+        raise
+    except Exception as error:  # no such data set or split, no network: `datasets` has a type for each
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "num_samples" in reason:
+            raise UserError(f"the length of {data} is unknown: append it, {data}|N") from error
+        raise UserError(f"{data}, split {split}, cannot be opened, check both: {reason}") from error
+    return _HuggingFaceStream(data, reader, num_shards)
+
+
+def _positive_count(data: str, count: str) -> int:
+    if not count.isdecimal() or int(count) == 0:
+        raise UserError(f"{data}: after | comes the number of pictures, not {count!r}")
+    return int(count)
+
+
+def _count_pictures(shard: str) -> int:
+    try:
+        with tarfile.open(shard) as members:
+            return sum(Path(name).suffix.lower() in EXTENSIONS for name in members.getnames())
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"the shard {shard} cannot be read, write it again: {error}") from error
+
+
+def _shard_picture(sample: dict[str, Any]) -> dict[str, Any]:
+    """The first picture of a WebDataset sample and its name, under the keys that timm's reader passes on."""
+    fields = [field for field in sample if f".{field.rpartition('.')[2].lower()}" in EXTENSIONS]
+    name = f"{Path(sample.get('__url__', '')).name}/{sample['__key__']}"
+    return {"image": sample[fields[0]] if fields else b"", "target": name}

@@ -1,0 +1,77 @@
+import pytest
+
+from convmae import UserError
+from convmae.commands.info import info
+
+
+@pytest.fixture(scope="module")
+def base():
+    return info("base")
+
+
+def test_base_reproduces_the_published_arithmetic(base):
+    """GMAC at 224x224, one image forward: RECIPES' figures for the reference and for visible positions only."""
+    parts = ("stage 1", "stage 2", "stage 3", "multi-scale projections", "decoder")
+    dense = dict(zip(parts, (4.19, 2.64, 4.20, 0.85, 5.34), strict=True)) | {"total": 17.2}
+    visible = dict(zip(parts, (1.05, 0.66, 3.94, 0.21, 5.34), strict=True)) | {"total": 11.2}
+    assert base.gmac_dense == {
+        name: pytest.approx(value, abs=0.03 if name == "total" else 0.006) for name, value in dense.items()
+    }
+    assert base.gmac_visible == {
+        name: pytest.approx(value, abs=0.03 if name == "total" else 0.006) for name, value in visible.items()
+    }
+
+
+def test_base_reproduces_the_ablation_s_ratios(base):
+    """The paper's FLOPs ablation: 1.7x for random masks at stage 1; 0.997x, 1.003x, 1.007x for kernels 3, 7, 9."""
+    assert base.ratios["random masks at stage 1"] == pytest.approx(1.7, abs=0.05)
+    for size, ratio in ((3, 0.997), (7, 1.003), (9, 1.007)):
+        assert base.ratios[f"depthwise kernel {size}x{size}"] == pytest.approx(ratio, abs=0.001)
+
+
+def test_base_has_the_published_parameters(base):
+    assert round(base.parameters["encoder"] / 1e6, 1) == 84.6
+    assert round(base.parameters["autoencoder"] / 1e6, 1) == 115.0
+    assert round(base.parameters["classifier, 1000 classes"] / 1e6, 1) == 85.4
+
+
+def test_parts_add_up_and_memory_grows_with_the_image():
+    small, large = info("tiny", image_size=64), info("tiny", image_size=(64, 128))
+    for figures in (small.gmac_dense, small.gmac_visible):
+        assert sum(value for part, value in figures.items() if part != "total") == pytest.approx(figures["total"])
+    assert 1.9 < large.activation_bytes / small.activation_bytes < 2.6  # twice the tokens; attention grows faster
+
+
+def test_activation_bytes_are_what_autograd_keeps():
+    """Against real tensors of a real model on the CPU: the same count, to the differences of attention kernels."""
+    import torch
+
+    from convmae import create_autoencoder
+
+    model = create_autoencoder("tiny", image_size=96)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(torch.randn(1, 3, 96, 96))
+    real = sum(storage.nbytes() for storage in kept.values())
+    assert info("tiny", image_size=96).activation_bytes == pytest.approx(real, rel=0.25)
+    assert output.loss.isfinite()
+
+
+def test_the_table_is_printed(capsys):
+    info("tiny", image_size=64)
+    printed = capsys.readouterr().out
+    for words in ("stage 1", "GMAC visible only", "random masks at stage 1", "memory of a training step"):
+        assert words in printed
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(UserError, match="not divisible by 16"):
+        info("tiny", image_size=(64, 70))

@@ -1,0 +1,109 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from convmae import cli
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of a command run in this process."""
+    try:
+        cli.main(list(arguments))
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "--model", "giant"], "unknown model 'giant': choose one of tiny"),
+        (["info", "--image-size", "100"], "100x100 is not divisible by 16"),
+        (["pretrain", "--data", "demo", "--mask-ratio", "1.5"], "outside (0, 1)"),
+        (["pretrain", "--data", "demo", "--model", "giant"], "unknown model"),
+        (["pretrain", "--data", "no/such/folder", "--model", "tiny"], "no/such/folder does not exist"),
+        (["pretrain"], "data"),
+        (["pretrain", "--data", "demo", "--epochs", "many"], "epochs"),
+        (["pretrain", "--data", "demo", "--no-such-flag", "3"], "unrecognized arguments: --no_such_flag"),
+        (["pretrain", "--config", "no-such-recipe", "--data", "demo"], "base_1600ep"),
+        (["reconstruct", "--checkpoint", "nothing.safetensors"], "no weights at nothing.safetensors"),
+        (["dance"], "invalid choice: 'dance'"),
+    ],
+)
+def test_mistakes_are_one_line_with_status_2(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert message in err
+    assert err.startswith("convmae: ")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_option_keeps_the_name_that_the_user_types(capsys):
+    status, _, err = run(capsys, "pretrain")
+    assert status == 2
+    assert "--data" in err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [
+            "--image-size",
+            "64",
+            "--optimizer.base-lr",
+            "0.5",
+            "--resume",
+            "--compile",
+            "--multi-scale",
+            "false",
+        ],
+        [
+            "--image_size=64",
+            "--optimizer.base_lr=0.5",
+            "--resume=true",
+            "--compile=true",
+            "--multi_scale=false",
+        ],
+    ],
+)
+def test_flags_with_hyphens_and_bare_switches(capsys, flags):
+    status, out, _ = run(capsys, "pretrain", "--data", "x", *flags, "--print_config")
+    assert status == 0
+    options = yaml.safe_load(out)
+    assert (options["image_size"], options["optimizer"]["base_lr"]) == (64, 0.5)
+    assert (options["resume"], options["compile"], options["multi_scale"]) == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--config", "base_200ep", "--epochs", "7"], ["--epochs", "7", "--config=base_200ep"]]
+)
+def test_flags_win_over_a_recipe_on_either_side_of_it(capsys, flags):
+    status, out, _ = run(capsys, "pretrain", "--data", "x", *flags, "--print-config")
+    assert status == 0
+    options = yaml.safe_load(out)
+    assert options["epochs"] == 7
+    assert options["batch_size"] == 2048
+
+
+def test_every_option_is_explained(capsys):
+    for command in cli.COMMANDS:
+        status, out, _ = run(capsys, command, "--help")
+        assert status == 0
+        lines = out[out.index("options:") :].splitlines()
+        options = [number for number, line in enumerate(lines) if line.startswith("  --")]
+        for number in options:
+            text = " ".join(lines[number : number + 2]).split(maxsplit=2)
+            assert len(text) == 3, lines[number]
+            assert not text[2].startswith("(type"), lines[number]
+
+
+def test_python_dash_m_works():
+    done = subprocess.run([sys.executable, "-m", "convmae", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in done.stdout for command in cli.COMMANDS)
