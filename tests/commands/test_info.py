@@ -43,7 +43,7 @@ def test_parts_add_up_and_memory_grows_with_the_image():
 
 
 def test_activation_bytes_are_what_autograd_keeps():
-    """Against real tensors of a real model on the CPU: the same count, to the differences of attention kernels."""
+    """Against real tensors of a real model on the CPU."""
     import torch
 
     from convmae import create_autoencoder
@@ -61,7 +61,7 @@ def test_activation_bytes_are_what_autograd_keeps():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model(torch.randn(1, 3, 96, 96))
     real = sum(storage.nbytes() for storage in kept.values())
-    assert info("tiny", image_size=96).activation_bytes == pytest.approx(real, rel=0.25)
+    assert info("tiny", image_size=96).activation_bytes == pytest.approx(real, rel=0.01)
     assert output.loss.isfinite()
 
 

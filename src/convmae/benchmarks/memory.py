@@ -1,5 +1,6 @@
 """Peak memory of a stretch of work: the allocator's own count on a GPU, the process's resident memory on a CPU."""
 
+import ctypes
 import gc
 from pathlib import Path
 
@@ -11,7 +12,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class PeakMemory:
     """Between `start` and `stop`, how far memory rose above where it was at the start, in bytes.
 
-    On a CPU this needs Linux; elsewhere `stop` returns nan.
+    On a CPU this needs Linux with glibc; elsewhere `stop` returns nan.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,6 +25,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         elif _RESET.exists():
+            # Freed memory that the C library keeps for later would otherwise hide what comes next.
+            ctypes.CDLL(None).malloc_trim(0)
             _RESET.write_text("5")  # the kernel's way to set the high-water mark to the present size
             self._before = _resident("VmRSS")
 

@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,13 +82,15 @@ def info(
     for size in (3, 5, 7, 9):
         if size != kernel_size:
             ratios[f"depthwise kernel {size}x{size}"] = gmac(dense=True, kernel_size=size)["total"] / dense["total"]
+    with FakeTensorMode():  # shapes only, like meta, but attention takes the kernel that a real device would
+        activations = _activation_bytes(create_autoencoder(model, kernel_size=kernel_size, **settings))
     result = Info(
         parameters,
         visible,
         dense,
         ratios,
         16 * _trained(built) + 4 * _frozen(built),
-        _activation_bytes(built),
+        activations,
     )
     _print(result, model, image_size)
     return result
@@ -100,8 +103,8 @@ def _on_meta(model: str, **settings) -> ConvMAE:
 
 
 def _images(model: ConvMAE) -> torch.Tensor:
-    height, width = model.encoder.pos_embed.shape[1:3]
-    return torch.empty(1, model.encoder.normalize.mean.shape[0], 16 * height, 16 * width, device="meta")
+    height, width = model.settings["image_size"]
+    return torch.empty(1, model.settings["in_channels"], height, width, device=model.encoder.pos_embed.device)
 
 
 def _gmac(model: ConvMAE) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from convmae.benchmarks.published import PublishedClassifier, PublishedConvMAE
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 GRID, LENGTH, VISIBLE = (14, 14), 196, 49  # 224 / 16 = 14; a quarter of 196 tokens stays visible
 
 
