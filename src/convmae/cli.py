@@ -35,7 +35,6 @@ def main(arguments: list[str] | None = None) -> None:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)]
     )
     logging.getLogger("convmae").setLevel(logging.INFO)
-    logging.getLogger("lightning").setLevel(logging.WARNING)  # it announces what our own first line says
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
         auto_cli(COMMANDS, args=_friendly(arguments), as_positional=False, parser_class=_Parser, prog="convmae")

@@ -1,5 +1,6 @@
 """Starts Lightning Fabric: devices, precision, one process or many, under torchrun and SLURM alike."""
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -43,6 +44,8 @@ def start_engine(options: EngineOptions) -> Fabric:
         )
     if options.workers < 0 or (devices != "auto" and devices < 1) or num_nodes < 1:
         raise UserError("devices and num_nodes must be at least 1 and workers at least 0: check --engine")
+    # Lightning announces the precision, which our own first line says.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator=options.accelerator,
         devices=devices,
