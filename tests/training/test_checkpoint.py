@@ -42,7 +42,8 @@ def test_a_write_that_dies_leaves_the_last_good_checkpoint(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         checkpoints.save(2, {"step": 2}, die)
     assert checkpoints.newest() == good
-    assert read_state(checkpoints.save(2, {"step": 2}, write_model)) == {"step": 2}
+    assert read_state(checkpoints.save(3, {"step": 3}, write_model)) == {"step": 3}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
 def test_the_same_step_can_be_written_again(tmp_path):

@@ -32,3 +32,20 @@ def test_what_the_machine_lacks_is_refused(monkeypatch, options, message):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match=message):
         start_engine(options)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (3, 2)),
+        ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}, (4, 2)),
+        ({"SLURM_NTASKS": "16", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"}, (8, 2)),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash"}, (3, 2)),  # an interactive shell, not srun
+    ],
+)
+def test_launchers_say_how_many_processes_there_are(monkeypatch, environment, expected):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_JOB_NAME", "SLURM_NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert engine._processes(EngineOptions(devices=3, num_nodes=2)) == expected

@@ -50,7 +50,8 @@ class CheckpointFolder:
         """
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f"{final.name}.incomplete"
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in self.folder.glob("step-*.incomplete"):  # of a process that was killed while writing
+            shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
         write_model(temporary)
         torch.save(state, temporary / STATE_FILE)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from convmae.errors import UserError
 
@@ -18,9 +19,9 @@ class EngineOptions:
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device."""
     devices: int | Literal["auto"] = "auto"
-    """Processes on this machine, one a device; auto: all GPUs, or one CPU process. torchrun sets it itself."""
+    """Processes on this machine, one a device; auto: all GPUs, or one CPU process. torchrun and SLURM decide it."""
     num_nodes: int = 1
-    """Machines."""
+    """Machines; torchrun and SLURM decide it."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """auto: bf16 autocast where the device computes it in hardware, else float32."""
     workers: int = 4
@@ -29,10 +30,7 @@ class EngineOptions:
 
 def start_engine(options: EngineOptions) -> Fabric:
     """Make and launch a Fabric. Raises UserError if the machine lacks the asked devices."""
-    devices, num_nodes = options.devices, options.num_nodes
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        num_nodes = int(os.environ["WORLD_SIZE"]) // devices
+    devices, num_nodes = _processes(options)
     if options.accelerator == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device on this machine: use --engine.accelerator auto or cpu")
     if options.accelerator == "mps" and not torch.backends.mps.is_available():
@@ -56,6 +54,17 @@ def start_engine(options: EngineOptions) -> Fabric:
     if fabric.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     return fabric
+
+
+def _processes(options: EngineOptions) -> tuple[int | Literal["auto"], int]:
+    """Processes a machine, and machines: as torchrun or SLURM has started them, else as the options say."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        on_each = int(os.environ["LOCAL_WORLD_SIZE"])
+        return on_each, int(os.environ["WORLD_SIZE"]) // on_each
+    if SLURMEnvironment.detect():
+        nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    return options.devices, options.num_nodes
 
 
 def _prefers_bf16(options: EngineOptions) -> bool:
