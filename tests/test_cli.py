@@ -32,6 +32,12 @@ def run(capsys, *arguments):
         (["pretrain", "--config", "no-such-recipe", "--data", "demo"], "base_1600ep"),
         (["reconstruct", "--checkpoint", "nothing.safetensors"], "no weights at nothing.safetensors"),
         (["dance"], "invalid choice: 'dance'"),
+        (["pretrain", "--data", "demo", "--image-size", "32,48"], "--image-size cannot be '32,48'"),
+        (["pretrain", "--data", "demo", "--engine.accelerator", "abacus"], "--engine.accelerator cannot be 'abacus'"),
+        (["pretrain", "--data", __file__, "--model", "tiny"], "is a file: give the folder"),
+        (["pretrain", "--config", __file__, "--data", "demo"], "is no configuration"),
+        (["pretrain", "--data", "demo", "--model", "tiny", "--output", "/proc/nothing"], "/proc/nothing"),
+        (["pretrain", "--data", "demo", "--model", "tiny", "--weights", __file__], "test_cli.py is damaged"),
     ],
 )
 def test_mistakes_are_one_line_with_status_2(capsys, tmp_path, monkeypatch, arguments, message):

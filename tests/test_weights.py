@@ -129,9 +129,10 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, name):
     path = tmp_path / name
     with pytest.raises(convmae.UserError, match="no weights at"):
         convmae.load(path)
-    path.write_bytes(b"not weights at all")
-    with pytest.raises(convmae.UserError, match="damaged"):
-        convmae.load(path)
+    for nonsense in (b"not weights at all", b"root:x:0:0:root\n" * 20, b"", bytes(range(256))):
+        path.write_bytes(nonsense)
+        with pytest.raises(convmae.UserError, match="damaged"):
+            convmae.load(path)
     foreign = {"layer.weight": torch.zeros(2, 2)}
     save_file(foreign, path) if name.endswith("safetensors") else torch.save(foreign, path)
     with pytest.raises(convmae.UserError, match="is no ConvMAE"):

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 from rich.console import Console
 from rich.logging import RichHandler
@@ -40,6 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
         auto_cli(COMMANDS, args=_friendly(arguments), as_positional=False, parser_class=_Parser, prog="convmae")
     except UserError as error:
         _fail(str(error))
+    except OSError as error:  # a folder that cannot be written, a full disk
+        _fail(
+            f"{error.strerror or error}: {error.filename or 'check the paths'}; choose a path that can be read and written"
+        )
     except Interrupted as stopped:
         Console(stderr=True, highlight=False).print(str(stopped), markup=False, soft_wrap=True)
         sys.exit(128 + stopped.signal)
@@ -51,7 +56,10 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # Options of a command come as `pretrain.data`; the user types `--data`.
         message = re.sub(rf"\b({'|'.join(COMMANDS)})\.(?=\w)", "--", message)
-        _fail(f"{message} (see convmae --help)")
+        wrong_value = re.search(r'Parser key "([\w.]+)".*(?:Got|Given) value: (.*)', message, re.DOTALL)
+        if wrong_value:
+            message = f"--{wrong_value[1].replace('_', '-')} cannot be '{wrong_value[2].strip()}'"
+        _fail(f"{message} (the help says what it takes: convmae COMMAND --help)")
 
 
 def _fail(message: str) -> NoReturn:
@@ -97,11 +105,16 @@ def _friendly(arguments: list[str]) -> list[str]:
 
 def _recipe(name: str) -> str:
     """The path of a shipped recipe, unless `name` is a file itself."""
-    if Path(name).exists():
-        return name
-    if name in recipes():
-        return str(recipes()[name])
-    raise UserError(f"no configuration file {name}: pass a YAML file or one of the recipes {', '.join(recipes())}")
+    path = Path(name) if Path(name).is_file() else recipes().get(name)
+    if path is None:
+        raise UserError(f"no configuration file {name}: pass a YAML file or one of the recipes {', '.join(recipes())}")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{name} is no configuration: it needs lines such as `model: base`, in YAML")
+    return str(path)
 
 
 def _switches(function: Any) -> set[str]:

@@ -134,7 +134,7 @@ def read(path: str | Path) -> tuple[StateDict, dict[str, Any]]:
         forbidden = re.search(r"(?:GLOBAL|global)\s+[`']?([\w.]+)", str(error))
         reason = f"holds code ({forbidden[1]})" if forbidden else "is damaged or no weights file"
         raise UserError(f"{path} {reason}, refused: save plain tensors, or safetensors") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # on bytes that are no pickle the reader raises errors of many types
         raise UserError(f"{path} is damaged or no weights file: download or save it again") from error
     return unwrap(content, str(path))
 

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -49,3 +51,11 @@ def test_launchers_say_how_many_processes_there_are(monkeypatch, environment, ex
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert engine._processes(EngineOptions(devices=3, num_nodes=2)) == expected
+
+
+@pytest.mark.parametrize(("processes", "cores", "expected"), [(1, 2, 2), (1, 64, 8), (4, 16, 4), (8, 4, 1)])
+def test_loader_workers_share_the_cores(monkeypatch, processes, cores, expected):
+    monkeypatch.setattr(engine.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    fabric = SimpleNamespace(world_size=processes)
+    assert engine.loader_workers(EngineOptions(), fabric) == expected
+    assert engine.loader_workers(EngineOptions(workers=0), fabric) == 0

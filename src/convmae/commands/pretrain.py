@@ -20,7 +20,7 @@ from convmae.errors import UserError
 from convmae.models.autoencoder import ConvMAE
 from convmae.models.registry import create_autoencoder, fill
 from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state
-from convmae.training.engine import EngineOptions, start_engine
+from convmae.training.engine import EngineOptions, loader_workers, start_engine
 from convmae.training.logging import METRICS_FILE, LoggingOptions, RunLog, read_metrics
 from convmae.training.loop import Plan, Position, train
 from convmae.training.optimizer import OptimizerOptions, build_optimizer, build_schedule
@@ -141,7 +141,7 @@ def pretrain(
         in_channels=in_channels,
         scale=crop_scale,
         seed=seed,
-        num_workers=engine.workers,
+        num_workers=loader_workers(engine, fabric),
         pin_memory=fabric.device.type == "cuda",
         num_replicas=fabric.world_size,
         rank=fabric.global_rank,

@@ -24,8 +24,8 @@ class EngineOptions:
     """Machines; torchrun and SLURM decide it."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """auto: bf16 autocast where the device computes it in hardware, else float32."""
-    workers: int = 4
-    """Processes that load images, for each training process; 0 loads in the training process."""
+    workers: int | None = None
+    """Processes that load images for each training process, 0 for none; by default its share of the cores, at most 8."""
 
 
 def start_engine(options: EngineOptions) -> Fabric:
@@ -40,7 +40,7 @@ def start_engine(options: EngineOptions) -> Fabric:
         raise UserError(
             f"{devices} devices asked, this machine has {torch.cuda.device_count()}: lower --engine.devices"
         )
-    if options.workers < 0 or (devices != "auto" and devices < 1) or num_nodes < 1:
+    if (options.workers or 0) < 0 or (devices != "auto" and devices < 1) or num_nodes < 1:
         raise UserError("devices and num_nodes must be at least 1 and workers at least 0: check --engine")
     # Lightning announces the precision, which our own first line says.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
@@ -54,6 +54,14 @@ def start_engine(options: EngineOptions) -> Fabric:
     if fabric.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     return fabric
+
+
+def loader_workers(options: EngineOptions, fabric: Fabric) -> int:
+    """How many processes load images for this training process: as stated, else its share of the cores, 1 to 8."""
+    if options.workers is not None:
+        return options.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores * _processes(options)[1] // fabric.world_size, 1), 8)
 
 
 def _processes(options: EngineOptions) -> tuple[int | Literal["auto"], int]:
