@@ -42,9 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         _fail(str(error))
     except OSError as error:  # a folder that cannot be written, a full disk
-        _fail(
-            f"{error.strerror or error}: {error.filename or 'check the paths'}; choose a path that can be read and written"
-        )
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}; choose a path that can be read and written")
     except Interrupted as stopped:
         Console(stderr=True, highlight=False).print(str(stopped), markup=False, soft_wrap=True)
         sys.exit(128 + stopped.signal)

@@ -25,7 +25,7 @@ class EngineOptions:
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """auto: bf16 autocast where the device computes it in hardware, else float32."""
     workers: int | None = None
-    """Processes that load images for each training process, 0 for none; by default its share of the cores, at most 8."""
+    """Processes that load images for each training process, or 0; by default its share of the cores, at most 8."""
 
 
 def start_engine(options: EngineOptions) -> Fabric:
