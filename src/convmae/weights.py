@@ -149,7 +149,7 @@ def unwrap(content: Any, origin: str = "the state dict") -> tuple[StateDict, dic
         content = next((content[key] for key in ("model", "state_dict") if key in content), None)
     if not isinstance(content, Mapping):
         raise UserError(f"{origin} holds no weights: expected a state dict, or one under 'model' or 'state_dict'")
-    prefix = re.compile(r"^(module\.|_orig_mod\.|weights\.)+")
+    prefix = re.compile(r"^(module\.|_orig_mod\.)+")
     state = {prefix.sub("", name): value for name, value in content.items() if isinstance(value, Tensor)}
     if is_published(state):
         state = from_published(state)

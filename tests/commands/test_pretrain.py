@@ -196,12 +196,14 @@ def test_a_checkpoint_of_another_shape_is_refused(photos, tmp_path):
 
 
 def test_training_starts_from_given_weights(photos, tmp_path):
-    first = small_run(photos, tmp_path / "first", epochs=1)
+    first = small_run(photos, str(tmp_path / "first"), epochs=1)
     still = OptimizerOptions(base_lr=0.0)
-    second = small_run(photos, tmp_path / "second", epochs=1, weights=first.checkpoint, optimizer=still, seed=5)
-    assert same_tensors(
-        load_file(first.checkpoint / "model.safetensors"), load_file(second.checkpoint / "model.safetensors")
-    )
+    options = {"epochs": 1, "weights": first.checkpoint, "optimizer": still, "seed": 5}
+    second = small_run(photos, tmp_path / "second", **options)
+    states = [load_file(run.checkpoint / "model.safetensors") for run in (first, second)]
+    assert same_tensors(*states)
+    larger = small_run(photos, tmp_path / "larger", image_size=64, **options)
+    assert convmae.load(larger.checkpoint).encoder.pos_embed.shape[1:3] == (4, 4)
 
 
 def test_damaged_images_are_skipped_counted_and_listed(photos, tmp_path, capsys):

@@ -248,5 +248,14 @@ def test_impossible_settings_are_refused_in_one_line(settings, message):
 
 
 def test_a_visible_map_of_another_grid_is_refused():
-    with pytest.raises(convmae.UserError, match=r"pass \(B, 4, 4\)"):
+    with pytest.raises(convmae.UserError, match=r"pass \(2, 4, 4\)"):
         small()(torch.randn(2, 3, 64, 64), random_visible(2, (3, 4)))
+    with pytest.raises(convmae.UserError, match=r"pass \(2, 16, 16\)"):
+        small(mask_stage=1)(torch.randn(2, 3, 64, 64), random_visible(2, (4, 4)))
+
+
+def test_everything_may_be_visible():
+    packed, dense = pair()
+    images, visible = torch.randn(2, 3, 64, 64), torch.ones(2, 4, 4, dtype=torch.bool)
+    assert packed(images, visible).loss == 0
+    assert_same_to(1e-5, packed.encode(images, visible), dense.encode(images, visible))

@@ -68,6 +68,13 @@ def test_weights_of_another_shape_are_refused_in_one_line():
         assert "\n" not in str(error.value)
 
 
+def test_weights_of_another_image_size_load_with_resized_positions():
+    model = create_autoencoder("tiny", image_size=32)
+    larger = convmae.load(model.state_dict(), image_size=64)
+    assert larger.encoder.pos_embed.shape == (1, 4, 4, 192)
+    assert torch.equal(larger.project1.weight, model.project1.weight)
+
+
 def test_an_encoder_alone_becomes_a_classifier_without_head():
     state = create_classifier("tiny", num_classes=0, image_size=32).state_dict()
     model = convmae.load(state)

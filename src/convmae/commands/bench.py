@@ -98,6 +98,7 @@ def bench(
     )
     _print(title, results)
     if output is not None:
+        output = Path(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps({"title": title, "results": [asdict(result) for result in results]}, indent=2))
     return results

@@ -107,6 +107,7 @@ def pretrain(
     Raises UserError for settings that cannot work, and Interrupted after SIGTERM or Ctrl-C, a checkpoint being written.
     """
     settings = _plain(dict(locals()))
+    output = Path(output)  # Python callers may pass a string
     _check(epochs, batch_size, accumulate, max_skipped, checkpoint, logging)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     torch.manual_seed(seed)
@@ -239,7 +240,7 @@ def _restore(
             f"{output} holds a run without checkpoint: start it anew with --resume, or choose another --output"
         )
     if weights is not None:
-        fill(network, weights_files.read(weights)[0])
+        fill(network, weights_files.read(weights)[0], resize_positions=True)
     return None
 
 

@@ -48,6 +48,7 @@ def reconstruct(
 
     Returns the path of the picture. Raises UserError for a file that is no autoencoder and for unreadable images.
     """
+    output = Path(output)  # Python callers may pass a string
     if output.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
         raise UserError(f"the picture {output} has no known format: choose a name that ends in .png")
     if count < 1 or longest_side < PATCH:

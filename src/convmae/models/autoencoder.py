@@ -162,16 +162,14 @@ class ConvMAE(nn.Module):
         self, images: Tensor, visible: Tensor | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Packing]:
         """The visible map, drawn if not given, and the tokens that the transformer sees."""
-        batch, (height, width) = images.shape[0], grid_of(images.shape[-2:])
-        if self.mask_stage == 1:
-            grid = (height * CELLS, width * CELLS)
-            if visible is None:
-                visible = random_visible(batch, grid, self.mask_ratio, generator, images.device)
-            # Nearly every token then holds a visible cell, so the transformer has to keep all of them: the cost that
-            # block-wise masking avoids.
-            tokens = torch.ones(batch, height, width, dtype=torch.bool, device=images.device)
-            return visible, Packing.of(tokens, height * width)
-        count = None
+        batch, grid = images.shape[0], grid_of(images.shape[-2:])
+        height, width = (side * CELLS for side in grid) if self.mask_stage == 1 else grid
+        if visible is not None and (visible.shape[1:] != (height, width) or visible.shape[0] % batch):
+            raise UserError(
+                f"visible map {tuple(visible.shape)} does not fit {batch} images of {images.shape[-2]}x"
+                f"{images.shape[-1]} pixels: pass ({batch}, {height}, {width})"
+            )
+        count = None  # K, where it is known without asking the device
         if visible is None and self.complementary_sets:
             sets = self.complementary_sets
             visible = complementary_visible(batch, (height, width), sets, generator, images.device)
@@ -179,11 +177,11 @@ class ConvMAE(nn.Module):
         elif visible is None:
             visible = random_visible(batch, (height, width), self.mask_ratio, generator, images.device)
             count = visible_count(height * width, self.mask_ratio)
-        elif visible.shape[1:] != (height, width) or visible.shape[0] % batch:
-            raise UserError(
-                f"visible map {tuple(visible.shape)} does not fit {batch} images of {height}x{width} tokens: "
-                f"pass (B, {height}, {width})"
-            )
+        if self.mask_stage == 1:
+            # Nearly every token holds a visible cell then, so the transformer has to keep all of them: the cost that
+            # block-wise masking avoids.
+            tokens = torch.ones(visible.shape[0], *grid, dtype=torch.bool, device=images.device)
+            return visible, Packing.of(tokens, grid[0] * grid[1])
         return visible, Packing.of(visible, count)
 
     def _encode(self, patches: Tensor, visible: Tensor, packing: Packing) -> Tensor:
@@ -221,9 +219,9 @@ class ConvMAE(nn.Module):
         error = (prediction.float().unflatten(0, (sets, -1)) - target).square().flatten(0, 1)
         if self.mask_stage == 1:
             masked = ~self._pixelwise(visible, target)
-            return (error * masked).sum() / masked.sum()
-        masked = ~visible.flatten(1)
-        return (error.mean(dim=-1) * masked).sum() / masked.sum()
+        else:
+            error, masked = error.mean(dim=-1), ~visible.flatten(1)
+        return (error * masked).sum() / masked.sum().clamp_min(1)  # 0 where nothing is masked
 
     def _pixelwise(self, visible: Tensor, patches: Tensor) -> Tensor:
         """A visible map as bool that broadcasts against patches (B, L, P)."""
@@ -233,7 +231,8 @@ class ConvMAE(nn.Module):
             merge_cells(visible[..., None], CELLS).unflatten(-1, (CELLS, CELLS)).flatten(0, 2), PATCH // CELLS
         )
         channels = patches.shape[-1] // PATCH**2
-        return pixels.flatten(1).repeat_interleave(channels, dim=1).view(patches.shape)  # (B*L, 16, 16) -> (B, L, P)
+        pixels = pixels.flatten(1).repeat_interleave(channels, dim=1)  # (B*L, 16, 16) -> (B*L, P)
+        return pixels.unflatten(0, (visible.shape[0], -1))
 
     def _initialise(self) -> None:
         """As published: Xavier-uniform for transformers and third downsampling, torch's own for the convolutions.

@@ -12,6 +12,7 @@ from convmae import weights
 from convmae.errors import UserError
 from convmae.models.autoencoder import ConvMAE
 from convmae.models.classifier import Classifier
+from convmae.models.encoder import resized_pos_embed
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def load(
         ones; sizes come from the tensors.
     num_heads, decoder_num_heads: no tensor tells them. Our own files record them and the named sizes are known; for
         other widths 64 channels a head, at least 4 heads, are assumed with a warning.
-    settings: any other argument of the model, such as mask_ratio.
+    settings: any other argument of the model, such as mask_ratio or image_size.
 
     An encoder alone becomes a classifier with num_classes=0. Raises UserError if the tensors do not fit the model.
     """
@@ -75,25 +76,32 @@ def load(
         model = ConvMAE(**{**known, **settings})
     else:
         model = Classifier(**{"num_classes": 0, **known, **settings})
-    fill(model, state)
+    fill(model, state, resize_positions=True)
     return model
 
 
-def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy all of a state dict into a model. Raises UserError that names the first tensors that do not fit."""
+def fill(model: nn.Module, state: Mapping[str, Tensor], resize_positions: bool = False) -> None:
+    """Copy all of a state dict into a model.
+
+    resize_positions: position embeddings of another grid are resized bicubically. Raises UserError that names the first
+        tensor that does not fit.
+    """
     expected = model.state_dict()
     missing = sorted(expected.keys() - state.keys())
     unexpected = sorted(state.keys() - expected.keys())
     if missing or unexpected:
         fault = f"lacks {missing[0]}" if missing else f"has {unexpected[0]} besides"
         raise UserError(f"the weights do not fit the model: the file {fault}; check the model's settings")
+    fitting = dict(state)
     for name, value in expected.items():
-        if value.shape != state[name].shape:
+        if resize_positions and name.endswith("pos_embed") and state[name].shape[-1] == value.shape[-1]:
+            fitting[name] = resized_pos_embed(state[name], (value.shape[1], value.shape[2]))
+        if value.shape != fitting[name].shape:
             raise UserError(
                 f"the weights do not fit the model: {name} is {tuple(state[name].shape)} in the file and "
-                f"{tuple(value.shape)} in the model; check the model's size"
+                f"{tuple(value.shape)} in the model; check the model's settings"
             )
-    model.load_state_dict(dict(state))
+    model.load_state_dict(fitting)
 
 
 def _heads(width: int, argument: str) -> int:
