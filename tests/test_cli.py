@@ -113,3 +113,9 @@ def test_every_option_is_explained(capsys):
 def test_python_dash_m_works():
     done = subprocess.run([sys.executable, "-m", "convmae", "--help"], capture_output=True, text=True, check=True)
     assert all(command in done.stdout for command in cli.COMMANDS)
+
+
+def test_the_version_is_told(capsys):
+    status, out, _ = run(capsys, "--version")
+    assert status == 0
+    assert out.strip() == "convmae 0.1.0"

@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 from dataclasses import fields, is_dataclass
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,7 +39,14 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("convmae").setLevel(logging.INFO)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
-        auto_cli(COMMANDS, args=_friendly(arguments), as_positional=False, parser_class=_Parser, prog="convmae")
+        auto_cli(
+            COMMANDS,
+            args=_friendly(arguments),
+            as_positional=False,
+            parser_class=_Parser,
+            prog="convmae",
+            version=version("convmae"),
+        )
     except UserError as error:
         _fail(str(error))
     except OSError as error:  # a folder that cannot be written, a full disk
