@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:  # a folder that cannot be written, a full disk
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}; choose a path that can be read and written")
     except Interrupted as stopped:
-        Console(stderr=True, highlight=False).print(str(stopped), markup=False, soft_wrap=True)
+        if str(stopped):
+            Console(stderr=True, highlight=False).print(str(stopped), markup=False, soft_wrap=True)
         sys.exit(128 + stopped.signal)
 
 

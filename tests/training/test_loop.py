@@ -1,5 +1,8 @@
 import json
+import subprocess
+import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,3 +132,50 @@ def test_gradient_clipping(tmp_path):
     assert 0 < model.slope.item() < 1e-4
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["grad_norm"] == pytest.approx(6)  # d/ds mean((s - 3)^2) at 0; logged before clipping
+
+
+_ONE_BAD_PROCESS = """
+import sys
+from pathlib import Path
+import torch
+from lightning.fabric import Fabric
+sys.path.insert(0, str(Path(sys.argv[1])))
+from test_loop import Regression
+from convmae.training.checkpoint import CheckpointFolder
+from convmae.training.logging import LoggingOptions, RunLog
+from convmae.training.loop import Plan, train
+from convmae.training.optimizer import OptimizerOptions, build_optimizer, build_schedule
+
+fabric = Fabric(accelerator="cpu", devices=2)
+fabric.launch()
+model, folder = Regression(), Path(sys.argv[2])
+options = OptimizerOptions(base_lr=0.05, warmup_epochs=0)
+optimizer = build_optimizer(model, options, batch_size=256)
+schedule = build_schedule(optimizer, options, 1, 4)
+wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+
+def batches(epoch, first):
+    for step in range(4):
+        bad = step == 1 and fabric.global_rank == 1  # one step, in one process only
+        yield torch.full((4,), torch.nan if bad else 1.0)
+
+log = RunLog(folder, LoggingOptions(), active=fabric.is_global_zero)
+plan = Plan(epochs=1, steps_per_epoch=4, batch_size=8)
+position = train(fabric, wrapped, wrapped_optimizer, schedule, batches, plan,
+                 CheckpointFolder(folder / "checkpoints"), lambda path: None, log)
+(folder / f"rank{fabric.global_rank}").write_text(f"{position.skipped} {model.slope.item()!r}")
+"""
+
+
+def test_all_processes_skip_the_step_that_is_bad_in_one(tmp_path):
+    script = tmp_path / "one_bad_process.py"
+    script.write_text(_ONE_BAD_PROCESS)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    arguments = [sys.executable, *torchrun, str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    skipped, slope = first.split()
+    assert skipped == "1"
+    assert 0 < float(slope) < 3

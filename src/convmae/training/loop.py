@@ -44,7 +44,7 @@ class Position:
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the user asked for it)
-    """SIGTERM or Ctrl-C arrived; a checkpoint was written. `signal` is the signal's number."""
+    """SIGTERM or Ctrl-C arrived; a checkpoint was written. `signal` is its number; only one process has a message."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -125,7 +125,7 @@ def train(
                 if signal_number := _agreed(fabric, stop, at_log):
                     path = save()
                     message = f"stopped at step {position.step} of {total}: checkpoint {path}; continue with --resume"
-                    raise Interrupted(message, signal_number)
+                    raise Interrupted(message if fabric.is_global_zero else "", signal_number)
             last = epoch + 1 == plan.epochs
             if last or (epoch + 1) % plan.checkpoint_every_epochs == 0:
                 save()
