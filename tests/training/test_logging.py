@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -23,6 +24,16 @@ def test_the_later_line_of_a_step_counts(tmp_path):
     lines = [{"step": 1, "loss": 1}, {"step": 2, "loss": 2}, {"step": 2, "loss": 3}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [record["loss"] for record in read_metrics(tmp_path)] == [1, 3]
+
+
+def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
+    log = RunLog(tmp_path, LoggingOptions())
+    log.start(epochs=1, total_steps=1, step=0)
+    log.metrics(1, 0, {"loss": math.nan, "lr": 0.1, "images_per_second": 3.0, "grad_norm": math.inf})
+    log.finish()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["grad_norm"] is None
+    assert math.isnan(read_metrics(tmp_path)[0]["loss"])
 
 
 def test_other_processes_stay_silent(tmp_path, capsys):

@@ -111,6 +111,22 @@ def test_many_bad_steps_in_a_row_stop_the_run_and_name_step_and_checkpoint(tmp_p
         run(tmp_path, batches, plan)
 
 
+def test_a_resume_with_more_images_begins_the_same_epoch_again(tmp_path):
+    plan = Plan(epochs=2, steps_per_epoch=4, batch_size=4, checkpoint_every_epochs=1)
+    _, _, checkpoints = run(tmp_path / "a", steady, plan)
+    state = read_state(checkpoints.newest()) | {"step": 6}  # as if it had been stopped in the midst of epoch 1
+    asked = []
+
+    def batches(epoch, first):
+        asked.append((epoch, first))
+        return steady(epoch, first)
+
+    plan = Plan(epochs=3, steps_per_epoch=10, batch_size=4)
+    _, position, _ = run(tmp_path / "b", batches, plan, restored=state)
+    assert asked == [(1, 0), (2, 0)]
+    assert position.step == 30
+
+
 def test_skipping_counts_in_a_row():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = Fabric(accelerator="cpu").setup_optimizers(torch.optim.AdamW([parameter], fused=True))

@@ -1,5 +1,6 @@
 """`convmae pretrain`: a folder of images in, a pretrained encoder out."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, is_dataclass
@@ -266,13 +267,14 @@ def _finish(
             "checkpoint": str(newest),
             "loss curve": str(curve),
             "reconstructions": str(picture),
-            "loss": f"{metrics[0]['loss']:.4f} -> {metrics[-1]['loss']:.4f}",
+            "loss": " -> ".join(f"{record['loss']:.4f}" for record in metrics[:: max(len(metrics) - 1, 1)]),
             "steps": f"{position.step} ({position.skipped} skipped)",
             "images that could not be decoded": str(DecodingFailures(output).count),
             "time": str(timedelta(seconds=round(seconds))),
         },
     )
-    return PretrainingResult(output, newest, picture, curve, metrics[-1]["loss"], position.step)
+    loss = metrics[-1]["loss"] if metrics else math.nan
+    return PretrainingResult(output, newest, picture, curve, loss, position.step)
 
 
 def _draw(network: ConvMAE, images: Tensor, path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run tells while it goes: progress bar, `metrics.jsonl`, TensorBoard, and Weights & Biases by flag."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -80,8 +81,10 @@ class RunLog:
         """Write the means since the last call: loss, lr, images_per_second, ..."""
         if not self.active:
             return
+        # JSON has no word for a number that is not finite.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with (self.folder / METRICS_FILE).open("a") as file:
-            file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+            file.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
         for logger in self._loggers:
             logger.log_metrics(dict(values), step)
         figures = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:.0f} images/s"
@@ -120,7 +123,10 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     path = folder / METRICS_FILE
     lines = path.read_text().splitlines() if path.exists() else []
     by_step = {record["step"]: record for record in map(json.loads, lines)}
-    return [by_step[step] for step in sorted(by_step)]
+    return [
+        {name: math.nan if value is None else value for name, value in by_step[step].items()}
+        for step in sorted(by_step)
+    ]
 
 
 def _wandb(project: str, folder: Path):

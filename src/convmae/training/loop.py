@@ -75,14 +75,15 @@ def train(
     """
     position = Position()
     if restored is not None:
-        position = _restore(fabric, optimizer, restored)
+        position = _restore(fabric, optimizer, restored, plan.steps_per_epoch)
     skipping = SkipNotFinite(optimizer, fabric.device)
     losses = torch.zeros(2, device=fabric.device)  # sum and number of the finite losses since the last log line
     last_logged, clock = position.step, time.perf_counter()
     total = plan.epochs * plan.steps_per_epoch
 
     def save() -> Path | None:
-        state = _state(fabric, optimizer, schedule, position)
+        position.skipped = skipping.total(restored)
+        state = _state(fabric, optimizer, schedule, position, plan.steps_per_epoch)
         path = checkpoints.save(position.step, state, write_model) if fabric.is_global_zero else None
         fabric.barrier()
         return path
@@ -222,7 +223,9 @@ def _agreed(fabric: Fabric, stop: StopSignal, at_log: bool) -> int:
     return int(arrived)
 
 
-def _state(fabric: Fabric, optimizer: _FabricOptimizer, schedule: Scheduler, position: Position) -> dict[str, Any]:
+def _state(
+    fabric: Fabric, optimizer: _FabricOptimizer, schedule: Scheduler, position: Position, steps_per_epoch: int
+) -> dict[str, Any]:
     """The training state of all processes; every process must call this."""
     mine = {"cpu": torch.get_rng_state()}
     if fabric.device.type == "cuda":
@@ -233,6 +236,7 @@ def _state(fabric: Fabric, optimizer: _FabricOptimizer, schedule: Scheduler, pos
         torch.distributed.all_gather_object(states, mine)
     return {
         "step": position.step,
+        "steps_per_epoch": steps_per_epoch,
         "skipped": position.skipped,
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
@@ -240,8 +244,8 @@ def _state(fabric: Fabric, optimizer: _FabricOptimizer, schedule: Scheduler, pos
     }
 
 
-def _restore(fabric: Fabric, optimizer: _FabricOptimizer, state: dict[str, Any]) -> Position:
-    """Put optimiser and random numbers back where `state` has them."""
+def _restore(fabric: Fabric, optimizer: _FabricOptimizer, state: dict[str, Any], steps_per_epoch: int) -> Position:
+    """Put optimiser, random numbers and position back where `state` has them."""
     optimizer.load_state_dict(state["optimizer"])
     # With another number of processes the random numbers cannot go on as before; the seeds of the start serve.
     if len(state["random_states"]) == fabric.world_size:
@@ -249,4 +253,7 @@ def _restore(fabric: Fabric, optimizer: _FabricOptimizer, state: dict[str, Any])
         torch.set_rng_state(mine["cpu"])
         if "cuda" in mine and fabric.device.type == "cuda":
             torch.cuda.set_rng_state(mine["cuda"], fabric.device)
-    return Position(state["step"], state["skipped"])
+    step = state["step"]
+    if state["steps_per_epoch"] != steps_per_epoch:  # more images, or another batch: begin the same epoch again
+        step = step // state["steps_per_epoch"] * steps_per_epoch
+    return Position(step, state["skipped"])
