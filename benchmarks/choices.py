@@ -1,29 +1,151 @@
-"""Measures the choices that the package made between equal computations: attention, depthwise convolution, packing.
+"""Measures again the choices that the package made between equal computations, on this machine.
 
     python benchmarks/choices.py [--rounds 7] [--batch_size 16] [--device cpu] [--output choices.json]
 
-The shapes are those of base at 224x224. The candidates of a row run in turn, round after round; the median counts.
+Shapes are those of base at 224x224, 75% masked (letters as in `convmae.packing`). The ways of a comparison take turns
+within each round, forward and backward timed apart; ratios are of ways timed in the same round, all figures medians.
 """
 
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.functional import conv2d, scaled_dot_product_attention
+from torch import Tensor
+from torch.nn.functional import conv2d, linear, scaled_dot_product_attention
 
 from convmae.masking import random_visible
 from convmae.ops.masked_depthwise import masked_depthwise, masked_depthwise_dense
 from convmae.packing import Packing
 
-Candidates = dict[str, Callable[[], object]]
+STAGES = {"stage 1": (4, 256), "stage 2": (2, 384)}  # cells along a token's side, channels
+PARTS = ("forward", "backward", "both")
+
+
+class Way(NamedTuple):
+    """One way to compute: `compute(*inputs)`, differentiated by all inputs, over so many cells (0: not counted)."""
+
+    compute: Callable[..., Tensor]
+    inputs: Sequence[Tensor]
+    cells: int = 0
+
+
+Comparisons = Iterator[tuple[str, dict[str, Way]]]  # what is compared, and the ways by name; ratios are to the first
+Random = Callable[..., Tensor]  # a shape to random values that require a gradient
+Figures = dict[str, dict[str, float]]  # by way, then by quantity
+
+
+def attention(random: Random, packing: Packing) -> Comparisons:
+    """torch's fused attention against matmul, softmax, matmul."""
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1) @ value
+
+    for part, heads, tokens, width in (("decoder", 16, 196, 32), ("encoder", 12, 49, 64)):
+        inputs = [random(len(packing.index), heads, tokens, width) for _ in range(3)]
+        ways = {"fused": Way(scaled_dot_product_attention, inputs), "matmul, softmax, matmul": Way(plain, inputs)}
+        yield f"{part}, {heads}x{tokens}x{width}", ways
+
+
+def masked_convolution(random: Random, packing: Packing) -> Comparisons:
+    """The depthwise convolution of packed maps: its own gradient against autograd's through the same three steps."""
+
+    def composed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return packing.pack(masked_depthwise_dense(packing.unpack(x), weight, bias))
+
+    for stage, (side, channels) in STAGES.items():
+        packed = random(*packing.index.shape, side, side, channels)
+        inputs, own = [packed, random(channels, 1, 5, 5), random(channels)], partial(masked_depthwise, packing=packing)
+        yield stage, {"own gradient": Way(own, inputs), "autograd's gradient": Way(composed, inputs)}
+
+
+def dense_convolution(random: Random, packing: Packing) -> Comparisons:
+    """The depthwise convolution of dense maps in two orders of memory."""
+    for stage, (side, channels) in STAGES.items():
+        last, first = _nchw(packing.unpack(random(*packing.index.shape, side, side, channels)))
+        weights = [random(channels, 1, 5, 5), random(channels)]
+        convolve = partial(conv2d, padding=2, groups=channels)
+        yield stage, {"channels-last": Way(convolve, [last, *weights]), "NCHW": Way(convolve, [first, *weights])}
+
+
+def pointwise(random: Random, packing: Packing) -> Comparisons:
+    """The two layers of stage 1's MLP as matrix products over cells against 1x1 convolutions of maps."""
+
+    def products(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        return linear(linear(x, weight1, bias1), weight2, bias2)
+
+    def convolutions(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        return conv2d(conv2d(x, weight1[..., None, None], bias1), weight2[..., None, None], bias2)
+
+    side, width = STAGES["stage 1"]
+    packed = random(*packing.index.shape, side, side, width)
+    dense = packing.unpack(packed).detach().requires_grad_()
+    last, first = _nchw(dense)
+    visible, cells = packed.numel() // width, dense.numel() // width
+    weights = [random(4 * width, width), random(4 * width), random(width, 4 * width), random(width)]
+    ways = {
+        "product, visible cells": Way(products, [packed, *weights], visible),
+        "product, all cells": Way(products, [dense, *weights], cells),
+        "1x1 channels-last, all": Way(convolutions, [last, *weights], cells),
+        "1x1 NCHW, all cells": Way(convolutions, [first, *weights], cells),
+    }
+    yield f"stage 1, {width} -> {4 * width} -> {width}", ways
+
+
+def rows_of_maps(random: Random, packing: Packing) -> Comparisons:
+    """Packing and unpacking: copied rows, whose gradient is a copy, against torch's indexing, whose gradient adds."""
+
+    def take(dense: Tensor, side: int) -> Tensor:
+        return dense.flatten(0, 2)[packing.cells(side)]
+
+    def put(packed: Tensor, side: int) -> Tensor:
+        zeros = packed.new_zeros(packing.visible.numel() * side**2, packed.shape[-1])
+        return zeros.index_put((packing.cells(side),), packed.flatten(0, 3))
+
+    for stage, (side, channels) in STAGES.items():
+        packed = [random(*packing.index.shape, side, side, channels)]
+        dense = [packing.unpack(*packed).detach().requires_grad_()]
+        taken, back = Way(partial(take, side=side), dense), Way(partial(put, side=side), packed)
+        yield f"pack, {stage}", {"rows copied": Way(packing.pack, dense), "indexing": taken}
+        yield f"unpack, {stage}", {"rows copied": Way(packing.unpack, packed), "indexing": back}
+
+
+def _nchw(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, H*s, W*s, C) -> twice (B, C, H*s, W*s): channels-last and contiguous in memory."""
+    nchw = dense.detach().permute(0, 3, 1, 2)
+    return nchw.clone().requires_grad_(), nchw.contiguous().requires_grad_()
+
+
+def measure(ways: dict[str, Way], rounds: int, now: Callable[[], float]) -> Figures:
+    """Per way: median milliseconds of each part, and its median ratio to the first way's."""
+    gradients = {name: torch.randn_like(way.compute(*way.inputs)) for name, way in ways.items()}
+    seconds: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in ways}
+    for number in range(rounds + 2):  # two to warm up
+        for name, way in ways.items():
+            start = now()
+            output = way.compute(*way.inputs)
+            middle = now()
+            torch.autograd.grad(output, way.inputs, gradients[name])
+            end = now()
+            del output  # freed here, not within the next way's time
+            for part, taken in zip(PARTS, (middle - start, end - middle, end - start), strict=True):
+                seconds[name][part] += [taken] if number >= 2 else []
+    first, figures = seconds[next(iter(ways))], Figures()
+    for name, parts in seconds.items():
+        figures[name] = {part: 1e3 * statistics.median(parts[part]) for part in PARTS}
+        for part in PARTS:
+            ratios = [own / other for own, other in zip(parts[part], first[part], strict=True)]
+            figures[name][f"{part} ratio"] = statistics.median(ratios)
+        if ways[name].cells:
+            figures[name]["ns a cell"] = 1e6 * figures[name]["both"] / ways[name].cells
+    return figures
 
 
 def choices(
@@ -32,128 +154,45 @@ def choices(
     """Print a table for each choice.
 
     Args:
-        rounds: timed rounds, after one that warms up.
+        rounds: timed rounds, after two that warm up.
         batch_size: images.
         device: where to measure.
-        output: a JSON file for the milliseconds.
+        output: a JSON file for the figures.
     """
-    console, results = Console(), {}
-    for dtype in (torch.float32, torch.bfloat16):
-        for title, candidates in _all(batch_size, torch.device(device), dtype):
-            name = f"{title}, {str(dtype).removeprefix('torch.')}"
-            results[name] = _time(candidates, rounds, device)
-            table = Table(title=name, title_justify="left")
-            for column in ("", "ms", "over the first"):
-                table.add_column(column, justify="left" if not column else "right")
-            first = next(iter(results[name].values()))
-            for candidate, milliseconds in results[name].items():
-                table.add_row(candidate, f"{milliseconds:.1f}", f"{milliseconds / first:.2f}x")
-            console.print(table)
+
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    torch.manual_seed(0)
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    title = f"batch {batch_size}, {rounds} rounds, {machine}, torch {torch.__version__}"
+    Console().print(f"Milliseconds (and ratio to the first way), {title}\n")
+    packing = Packing.of(random_visible(batch_size, (14, 14), device=device))
+    results: dict[str, dict[str, Figures]] = {}
+    for choice in (attention, masked_convolution, dense_convolution, pointwise, rows_of_maps):
+        cases = results[choice.__name__] = {}
+        for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+            random = partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
+            for case, ways in choice(random, packing):
+                cases[f"{case}, {precision}"] = measure(ways, rounds, now)
+        Console().print(_table(choice.__name__.replace("_", " "), cases))
     if output is not None:
-        output.write_text(json.dumps(results, indent=2))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"title": title, "results": results}, indent=2) + "\n")
 
 
-def _all(batch: int, device: torch.device, dtype: torch.dtype):
-    """(title, candidates) of every comparison."""
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-
-    for part, heads, tokens, width in (("decoder", 16, 196, 32), ("encoder", 12, 49, 64)):
-        query, key, value = (random(batch, heads, tokens, width) for _ in range(3))
-        yield (
-            f"attention of the {part}, forward and backward",
-            {
-                "fused": _both(lambda q=query, k=key, v=value: scaled_dot_product_attention(q, k, v)),
-                "matmul, softmax, matmul": _both(lambda q=query, k=key, v=value: _plain_attention(q, k, v)),
-            },
-        )
-    packing = Packing.of(random_visible(batch, (14, 14), device=device))
-    for stage, side, channels in ((1, 4, 256), (2, 2, 384)):
-        packed = random(batch, packing.index.shape[1], side, side, channels)
-        weight, bias = random(channels, 1, 5, 5), random(channels)
-        unpacked = packing.unpack(packed).detach()
-        last = unpacked.permute(0, 3, 1, 2).requires_grad_()  # channels-last memory
-        first = unpacked.permute(0, 3, 1, 2).contiguous().requires_grad_()
-        yield (
-            f"masked depthwise convolution of stage {stage}, forward and backward",
-            {
-                "own gradient, visible cells": _both(
-                    lambda x=packed, w=weight, b=bias: masked_depthwise(x, w, b, packing)
-                ),
-                "autograd's gradient": _both(
-                    lambda x=packed, w=weight, b=bias: packing.pack(masked_depthwise_dense(packing.unpack(x), w, b))
-                ),
-            },
-        )
-        leaf = unpacked.clone().requires_grad_()
-        layouts = {
-            "channels-last": lambda x=last, w=weight, b=bias: conv2d(x, w, b, padding=2, groups=len(b)),
-            "NCHW": lambda x=first, w=weight, b=bias: conv2d(x, w, b, padding=2, groups=len(b)),
-        }
-        yield f"dense depthwise convolution of stage {stage}, forward", {k: _forward(f) for k, f in layouts.items()}
-        yield f"dense depthwise convolution of stage {stage}, both", {k: _both(f) for k, f in layouts.items()}
-        yield (
-            f"packing a map of stage {stage}, forward and backward",
-            {
-                "rows copied, both ways": _both(lambda d=leaf: packing.pack(d)),
-                "indexing, autograd adds": _both(lambda d=leaf, s=side: _indexed(d, packing, s)),
-            },
-        )
-    rows, cells = random(batch * 49 * 16, 256), random(batch, 256, 56, 56)
-    matrices = nn.Sequential(nn.Linear(256, 1024), nn.Linear(1024, 256)).to(device, dtype)
-    kernels = nn.Sequential(nn.Conv2d(256, 1024, 1), nn.Conv2d(1024, 256, 1)).to(device, dtype)
-    last = cells.detach().to(memory_format=torch.channels_last).requires_grad_()
-    dense = last.detach().permute(0, 2, 3, 1).requires_grad_()
-    yield (
-        "pointwise layers of an MLP of stage 1, forward and backward",
-        {
-            "matrix product, visible cells": _both(lambda: matrices(rows)),
-            "matrix product, all cells": _both(lambda: matrices(dense)),
-            "1x1 convolution, all cells, channels-last": _both(lambda: kernels(last)),
-            "1x1 convolution, all cells, NCHW": _both(lambda: kernels(cells)),
-        },
-    )
-
-
-def _plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1) @ value
-
-
-def _indexed(dense: Tensor, packing: Packing, side: int) -> Tensor:
-    """Packing.pack by torch's own indexing."""
-    image = torch.arange(dense.shape[0], device=dense.device)[:, None]
-    blocks = dense.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # (B, H, s, W, s, C)
-    return blocks[image, packing.index // packing.grid[1], :, packing.index % packing.grid[1]]
-
-
-def _forward(compute: Callable[[], Tensor]) -> Callable[[], object]:
-    def run() -> None:
-        with torch.no_grad():
-            compute()
-
-    return run
-
-
-def _both(compute: Callable[[], Tensor]) -> Callable[[], object]:
-    gradient = torch.randn_like(compute())
-    return lambda: compute().backward(gradient)
-
-
-def _time(candidates: Candidates, rounds: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each, run in turn."""
-    taken: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(rounds + 1):
-        for name, run in candidates.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                taken[name].append(1e3 * (time.perf_counter() - began))
-    return {name: statistics.median(values) for name, values in taken.items()}
+def _table(title: str, cases: dict[str, Figures]) -> Table:
+    extra = ["ns a cell"] if title == "pointwise" else []
+    table = Table("", *PARTS, *extra, title=title, title_justify="left")
+    for case, ways in cases.items():
+        table.add_section()
+        table.add_row(f"[bold]{case}")
+        for name, figures in ways.items():
+            columns = [f"{figures[part]:.2f} ({figures[f'{part} ratio']:.2f}x)" for part in PARTS]
+            table.add_row(name, *columns, *(f"{figures[quantity]:.0f}" for quantity in extra))
+    return table
 
 
 if __name__ == "__main__":

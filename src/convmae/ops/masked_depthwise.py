@@ -32,8 +32,11 @@ def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, packing: Packing) 
 
 
 class _MaskedDepthwise(torch.autograd.Function):
-    """Unpack, convolve, pack. Autograd would keep the unpacked map; this keeps the packed one, and sums the weight's
-    gradient over visible cells only, where torch's own sums over all of them (5 to 10 times slower on a CPU)."""
+    """Unpack, convolve, pack.
+
+    Autograd would keep the unpacked map and sum the weight's gradient over all cells. This keeps the packed map and
+    sums over visible cells only: on a CPU its backward is 1.5 to 2.1 times as fast in float32, 5.3 to 6.5 in bf16.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
