@@ -19,9 +19,11 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn.functional import conv2d, linear, scaled_dot_product_attention
+from torch.nn import functional
+from torch.nn.functional import conv2d, gelu, scaled_dot_product_attention
 
 from convmae.masking import random_visible
+from convmae.ops.linear import linear, mlp
 from convmae.ops.masked_depthwise import masked_depthwise, masked_depthwise_dense
 from convmae.packing import Packing
 
@@ -54,16 +56,23 @@ def attention(random: Random, packing: Packing) -> Comparisons:
         yield f"{part}, {heads}x{tokens}x{width}", ways
 
 
-def masked_convolution(random: Random, packing: Packing) -> Comparisons:
-    """The depthwise convolution of packed maps: its own gradient against autograd's through the same three steps."""
+def depthwise_gradient(random: Random, packing: Packing) -> Comparisons:
+    """The depthwise convolution, of packed maps and of dense ones: its own gradient against autograd's."""
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=2, groups=len(bias)).permute(0, 2, 3, 1)
 
     def composed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return packing.pack(masked_depthwise_dense(packing.unpack(x), weight, bias))
+        return packing.pack(convolve(packing.unpack(x), weight, bias))
 
     for stage, (side, channels) in STAGES.items():
-        packed = random(*packing.index.shape, side, side, channels)
-        inputs, own = [packed, random(channels, 1, 5, 5), random(channels)], partial(masked_depthwise, packing=packing)
-        yield stage, {"own gradient": Way(own, inputs), "autograd's gradient": Way(composed, inputs)}
+        weights = [random(channels, 1, 5, 5), random(channels)]
+        packed = [random(*packing.index.shape, side, side, channels), *weights]
+        own = Way(partial(masked_depthwise, packing=packing), packed)
+        yield f"masked, {stage}", {"own gradient": own, "autograd's gradient": Way(composed, packed)}
+        dense = [packing.unpack(packed[0]).detach().requires_grad_(), *weights]
+        own = Way(masked_depthwise_dense, dense)
+        yield f"dense, {stage}", {"own gradient": own, "autograd's gradient": Way(convolve, dense)}
 
 
 def dense_convolution(random: Random, packing: Packing) -> Comparisons:
@@ -75,10 +84,37 @@ def dense_convolution(random: Random, packing: Packing) -> Comparisons:
         yield stage, {"channels-last": Way(convolve, [last, *weights]), "NCHW": Way(convolve, [first, *weights])}
 
 
-def pointwise(random: Random, packing: Packing) -> Comparisons:
-    """The two layers of stage 1's MLP as matrix products over cells against 1x1 convolutions of maps."""
+def layers(random: Random, packing: Packing) -> Comparisons:
+    """Linear layers and MLPs, own against torch's, at the rows of pretraining (packed) and of fine-tuning (dense)."""
 
-    def products(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    def three_steps(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        return linear(gelu(linear(x, weight1, bias1)), weight2, bias2)
+
+    def torch_s(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        return functional.linear(gelu(functional.linear(x, weight1, bias1)), weight2, bias2)
+
+    tokens, visible = packing.visible.numel(), packing.index.numel()
+    shapes = {
+        "stage 1, packed": (visible * 16, 256),
+        "stage 1, dense": (tokens * 16, 256),
+        "stage 2, dense": (tokens * 4, 384),
+        "stage 3, packed": (visible, 768),
+        "stage 3, dense": (tokens, 768),
+        "decoder": (tokens, 512),
+    }
+    for part, (rows, width) in shapes.items():
+        inputs = [random(rows, width), random(width, width), random(width)]
+        ways = {"own": Way(linear, inputs), "torch's": Way(functional.linear, inputs)}
+        yield f"linear {width} -> {width}, {part}, {rows} rows", ways
+        inputs = [inputs[0], random(4 * width, width), random(4 * width), random(width, 4 * width), random(width)]
+        ways = {"own": Way(mlp, inputs), "own, three steps": Way(three_steps, inputs), "torch's": Way(torch_s, inputs)}
+        yield f"MLP {width}, {part}, {rows} rows", ways
+
+
+def pointwise(random: Random, packing: Packing) -> Comparisons:
+    """The two layers of stage 1's MLP over visible cells and over all, against 1x1 convolutions of maps."""
+
+    def layers(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
         return linear(linear(x, weight1, bias1), weight2, bias2)
 
     def convolutions(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
@@ -91,8 +127,8 @@ def pointwise(random: Random, packing: Packing) -> Comparisons:
     visible, cells = packed.numel() // width, dense.numel() // width
     weights = [random(4 * width, width), random(4 * width), random(width, 4 * width), random(width)]
     ways = {
-        "product, visible cells": Way(products, [packed, *weights], visible),
-        "product, all cells": Way(products, [dense, *weights], cells),
+        "ours, visible cells": Way(layers, [packed, *weights], visible),
+        "ours, all cells": Way(layers, [dense, *weights], cells),
         "1x1 channels-last, all": Way(convolutions, [last, *weights], cells),
         "1x1 NCHW, all cells": Way(convolutions, [first, *weights], cells),
     }
@@ -171,7 +207,7 @@ def choices(
     Console().print(f"Milliseconds (and ratio to the first way), {title}\n")
     packing = Packing.of(random_visible(batch_size, (14, 14), device=device))
     results: dict[str, dict[str, Figures]] = {}
-    for choice in (attention, masked_convolution, dense_convolution, pointwise, rows_of_maps):
+    for choice in (attention, depthwise_gradient, dense_convolution, layers, pointwise, rows_of_maps):
         cases = results[choice.__name__] = {}
         for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
             random = partial(torch.randn, device=device, dtype=dtype, requires_grad=True)

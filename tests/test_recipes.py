@@ -6,13 +6,15 @@ import pytest
 from jsonargparse import auto_parser
 
 from convmae.cli import recipes
+from convmae.commands.finetune import finetune
 from convmae.commands.pretrain import pretrain
+from convmae.commands.probe import probe
 
 PAPER = [name for name in recipes() if name.startswith("base_")]
 
 
-def parsed(name, *flags):
-    parser = auto_parser(pretrain, as_positional=False)
+def parsed(name, *flags, command=pretrain):
+    parser = auto_parser(command, as_positional=False)
     return parser.instantiate(parser.parse_args(["--config", str(recipes()[name]), "--data", "photos", *flags]))
 
 
@@ -53,3 +55,36 @@ def test_flags_override_a_recipe():
 
 def test_the_demo_parses():
     assert parsed("demo").model == "tiny"
+
+
+def test_fine_tuning_holds_the_published_settings():
+    options = parsed("finetune_base_100ep", command=finetune)
+    assert (options.model, options.epochs, options.batch_size, options.image_size) == ("base", 100, 1024, 224)
+    assert options.drop_path == 0.1
+    optimizer, augmentation = options.optimizer, options.augmentation
+    assert (optimizer.base_lr, optimizer.warmup_epochs, optimizer.min_lr) == (5e-4, 5, 1e-6)
+    assert (optimizer.weight_decay, optimizer.betas, optimizer.layer_decay) == (0.05, (0.9, 0.999), 0.65)
+    assert optimizer.clip_grad is None
+    assert augmentation.auto_augment == "rand-m9-mstd0.5-inc1"
+    assert (augmentation.random_erasing, augmentation.label_smoothing) == (0.25, 0.1)
+    assert (augmentation.mixup, augmentation.cutmix) == (0.8, 1.0)
+
+
+def test_the_linear_probe_holds_the_published_settings():
+    options = parsed("probe_base_90ep", "--weights", "run", command=probe)
+    assert (options.form, options.epochs, options.batch_size, options.image_size) == ("published", 90, 4096, 224)
+    optimizer = options.optimizer
+    assert (optimizer.base_lr, optimizer.warmup_epochs, optimizer.min_lr, optimizer.momentum) == (0.1, 10, 0, 0.9)
+
+
+@pytest.mark.parametrize("command", [finetune, probe])
+def test_the_defaults_are_the_published_ones_but_for_the_batch(command):
+    name = {finetune: "finetune_base_100ep", probe: "probe_base_90ep"}[command]
+    defaults = auto_parser(command, as_positional=False).parse_args(["--data", "photos", "--weights", "run"])
+    options = auto_parser(command, as_positional=False).parse_args(
+        ["--config", str(recipes()[name]), "--data", "photos", "--weights", "run"]
+    )
+    for free in ("config", "batch_size", "image_size", "form", "optimizer.warmup_epochs"):
+        for settings in (defaults, options):
+            settings.pop(free, None)
+    assert defaults == options

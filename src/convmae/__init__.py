@@ -7,13 +7,19 @@ from convmae.errors import UserError
 from convmae.models.autoencoder import ConvMAE
 from convmae.models.classifier import Classifier
 from convmae.models.encoder import ConvViT
-from convmae.models.registry import create_autoencoder, create_classifier, load
+from convmae.models.registry import create_autoencoder, create_classifier, load, load_classifier
 
 if TYPE_CHECKING:
     from convmae.commands.bench import bench
+    from convmae.commands.embed import embed
+    from convmae.commands.finetune import finetune
     from convmae.commands.info import info
+    from convmae.commands.neighbours import neighbours
+    from convmae.commands.predict import predict
     from convmae.commands.pretrain import pretrain
+    from convmae.commands.probe import probe
     from convmae.commands.reconstruct import reconstruct
+    from convmae.commands.visualise import visualise
 
 __all__ = [
     "Classifier",
@@ -23,15 +29,35 @@ __all__ = [
     "bench",
     "create_autoencoder",
     "create_classifier",
+    "embed",
+    "finetune",
     "info",
     "load",
+    "load_classifier",
+    "neighbours",
+    "predict",
     "pretrain",
+    "probe",
     "reconstruct",
+    "visualise",
 ]
+
+_COMMANDS = (
+    "bench",
+    "embed",
+    "finetune",
+    "info",
+    "neighbours",
+    "predict",
+    "pretrain",
+    "probe",
+    "reconstruct",
+    "visualise",
+)
 
 
 def __getattr__(name: str) -> Any:
     """The commands, imported at first use: their engine takes as long to import as torch."""
-    if name in ("bench", "info", "pretrain", "reconstruct"):
+    if name in _COMMANDS:
         return getattr(import_module(f"convmae.commands.{name}"), name)
     raise AttributeError(f"module 'convmae' has no attribute '{name}'")

@@ -16,15 +16,27 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from convmae.commands.bench import bench
+from convmae.commands.embed import embed
+from convmae.commands.finetune import finetune
 from convmae.commands.info import info
+from convmae.commands.neighbours import neighbours
+from convmae.commands.predict import predict
 from convmae.commands.pretrain import pretrain
+from convmae.commands.probe import probe
 from convmae.commands.reconstruct import reconstruct
+from convmae.commands.visualise import visualise
 from convmae.errors import UserError
 from convmae.training.loop import Interrupted
 
 COMMANDS: dict[str, Any] = {
     "pretrain": pretrain,
     "reconstruct": reconstruct,
+    "probe": probe,
+    "finetune": finetune,
+    "predict": predict,
+    "embed": embed,
+    "neighbours": neighbours,
+    "visualise": visualise,
     "info": info,
     "bench": bench,
 }

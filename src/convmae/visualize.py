@@ -1,4 +1,4 @@
-"""Pictures: reconstructions, and the curves of a run."""
+"""Pictures: reconstructions, the curves of a run, confusion matrices, features, neighbours."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 _GREY = 0.5  # colour of masked places
+_ROBUST = (0.01, 0.99)  # quantiles that become the darkest and brightest, so that outliers do not
 
 
 def reconstruction_picture(
@@ -41,16 +43,105 @@ def reconstruction_picture(
 
 
 def loss_curve(path: str | Path, metrics: Sequence[Mapping[str, float]]) -> None:
-    """Save loss and learning rate over the steps of a run."""
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
-    left = figure.subplots()
-    steps = [record["step"] for record in metrics]
-    left.plot(steps, [record["loss"] for record in metrics], color="tab:blue")
-    left.set_xlabel("step")
-    left.set_ylabel("loss (masked tokens)", color="tab:blue")
+    """Save loss and learning rate over the steps of a run, below them the validation accuracy where there is one."""
+    evaluations = [record for record in metrics if "top1" in record]
+    figure = Figure(figsize=(7.5, 7 if evaluations else 4), layout="constrained")
+    left, *below = figure.subplots(2 if evaluations else 1, 1, squeeze=False, sharex=True)[:, 0]
+    logged = [record for record in metrics if "loss" in record]
+    steps = [record["step"] for record in logged]
+    left.plot(steps, [record["loss"] for record in logged], color="tab:blue")
+    left.set_ylabel("training loss", color="tab:blue")
     right = left.twinx()
-    right.plot(steps, [record["lr"] for record in metrics], color="tab:orange", linewidth=0.8)
+    right.plot(steps, [record["lr"] for record in logged], color="tab:orange", linewidth=0.8)
     right.set_ylabel("learning rate", color="tab:orange")
+    for axes in below:
+        for name, label in (("top1", "top-1"), ("top5", "top-5")):
+            axes.plot([r["step"] for r in evaluations], [100 * r[name] for r in evaluations], marker=".", label=label)
+        axes.set_ylabel("validation accuracy (%)")
+        axes.legend()
+    (below or [left])[-1].set_xlabel("step")
+    _save(figure, path)
+
+
+def confusion_picture(path: str | Path, confusion: Tensor, classes: Sequence[str]) -> None:
+    """Save a confusion matrix (N, N), counts by true class (row) and predicted class, as shares of each row.
+
+    Up to 40 classes are named, up to 15 have their shares written into the cells.
+    """
+    shares = (confusion / confusion.sum(dim=1, keepdim=True).clamp_min(1)).cpu().numpy()
+    named, written = len(classes) <= 40, len(classes) <= 15
+    side = min(max(0.45 * len(classes) + 2.5, 5), 14) if named else 9
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    if named:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    if written:
+        for (row, column), share in np.ndenumerate(shares):
+            if share >= 0.005:
+                colour = "white" if share > 0.5 else "black"
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, ax=axes, label="share of the true class's images", shrink=0.8)
+    _save(figure, path)
+
+
+def neighbours_picture(path: str | Path, rows: Sequence[Sequence[tuple[Tensor, str]]]) -> None:
+    """Save a row for each query: the query, then its neighbours, each with a title.
+
+    Images are colours in [0, 1], (C, H, W) each.
+    """
+    columns = max(len(row) for row in rows)
+    figure = Figure(figsize=(1.5 * columns, 1.7 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for cell in axes.flat:
+        cell.set_axis_off()
+    for cells, row in zip(axes, rows, strict=True):
+        for column, (cell, (image, title)) in enumerate(zip(cells, row, strict=False)):  # rows may differ in length
+            cell.imshow(_as_colours(image), cmap="gray", vmin=0, vmax=1)
+            title = title if len(title) <= 18 else f"{title[:8]}…{title[-9:]}"
+            weight = "bold" if column == 0 else "normal"
+            cell.set_title(title, fontsize=9, fontweight=weight, parse_math=False)
+    _save(figure, path)
+
+
+def encoder_picture(
+    path: str | Path,
+    images: Sequence[Tensor],
+    components: Tensor,
+    attention: Tensor,
+    token: tuple[int, int],
+    attention_title: str = "attention",
+) -> None:
+    """Save a row for each image: the image with a token marked, the map's components as colours, the token's attention.
+
+    images: B colours in [0, 1], (C, H, W) each. components: (B, h, w, 3), h and w dividing H and W. attention:
+    (B, h, w), what the token, (row, column) of the grid, takes from each other one.
+    """
+    low, high = np.quantile(components.flatten(0, 2).numpy(), _ROBUST, axis=0)
+    colours = ((components.numpy() - low) / np.maximum(high - low, 1e-6)).clip(0, 1)
+    figure = Figure(figsize=(7.5, 2.5 * len(images) + 0.3), layout="constrained")
+    axes = figure.subplots(len(images), 3, squeeze=False)
+    for row, cells in enumerate(axes):
+        height, width = images[row].shape[-2:]
+        extent = (0, width, height, 0)  # maps are drawn over the pixels that they cover
+        for cell, title in zip(cells, ("image", "principal components", attention_title), strict=True):
+            cell.set_axis_off()
+            if row == 0:
+                cell.set_title(title)
+        cells[0].imshow(_as_colours(images[row]), cmap="gray", vmin=0, vmax=1, extent=extent)
+        cells[1].imshow(colours[row], extent=extent, interpolation="nearest")
+        grey = _as_colours(images[row].mean(dim=0, keepdim=True))
+        cells[2].imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent)
+        brightest = np.quantile(attention[row].numpy(), _ROBUST[1])
+        cells[2].imshow(attention[row].numpy(), cmap="inferno", vmin=0, vmax=brightest, extent=extent, alpha=0.65)
+        side = height / components.shape[1], width / components.shape[2]
+        for cell in (cells[0], cells[2]):
+            corner = token[1] * side[1], token[0] * side[0]
+            cell.add_patch(Rectangle(corner, side[1], side[0], fill=False, edgecolor="black", linewidth=2.4))
+            cell.add_patch(Rectangle(corner, side[1], side[0], fill=False, edgecolor="white", linewidth=1.2))
     _save(figure, path)
 
 

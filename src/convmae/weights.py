@@ -118,7 +118,7 @@ def read(path: str | Path) -> tuple[StateDict, dict[str, Any]]:
     """Read a weights file, whatever its wrapping, under our names.
 
     path: a safetensors file, a torch pickle (bare, or under `model`, `state_dict`; names with or without `module.`), a
-        checkpoint folder or a run folder (its newest checkpoint). Published and own names both work.
+        checkpoint folder or a run folder (its best model or newest checkpoint). Published and own names both work.
 
     Returns the state dict and what the file says of its model: our own files hold every setting of the model,
     published ones at most `norm_pix`. Raises UserError for a missing, damaged or foreign file, and for a pickle that
@@ -159,13 +159,17 @@ def unwrap(content: Any, origin: str = "the state dict") -> tuple[StateDict, dic
 
 
 def locate(path: Path) -> Path:
-    """The weights file that a path means: itself, the one in a checkpoint folder, or in a run's newest checkpoint."""
+    """The weights file that a path means: itself, the one in a checkpoint folder, or a run's.
+
+    Of a run's files that is the best model, where the run keeps one, else that of the newest checkpoint.
+    """
     if path.is_file():
         return path
     if not path.exists():
         raise UserError(f"no weights at {path}: check the path")
-    if (path / MODEL_FILE).is_file():
-        return path / MODEL_FILE
+    for file in (path / MODEL_FILE, path / "best" / MODEL_FILE):
+        if file.is_file():
+            return file
     newest = sorted(path.glob(f"checkpoints/step-*/{MODEL_FILE}"))
     if not newest:
         raise UserError(f"no {MODEL_FILE} in {path} or its checkpoints: pass a weights file or a run folder")

@@ -16,11 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import convmae
-from convmae.commands.pretrain import _plain, pretrain
+from convmae.commands.pretrain import pretrain
 from convmae.training.checkpoint import CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions
-from convmae.training.logging import LoggingOptions
+from convmae.training.logging import PictureLoggingOptions
 from convmae.training.optimizer import OptimizerOptions
+from convmae.training.run import plain_settings
 
 IN_PROCESS = EngineOptions(accelerator="cpu", workers=0)
 
@@ -47,7 +48,7 @@ def small_run(photos, output, **changes):
         "batch_size": 4,
         "image_size": 32,
         "engine": IN_PROCESS,
-        "logging": LoggingOptions(every_steps=1, pictures_every_epochs=2),
+        "logging": PictureLoggingOptions(every_steps=1, pictures_every_epochs=2),
     }
     return pretrain(**{**settings, **changes})
 
@@ -118,7 +119,7 @@ def test_the_kept_configuration_makes_the_same_run(photos, tmp_path):
     parser = auto_parser(pretrain, as_positional=False)
     options = parser.instantiate(parser.parse_args(["--config", str(path)]))
     options.pop("config")
-    assert _plain(dict(options)) == yaml.safe_load(path.read_text())
+    assert plain_settings(dict(options)) == yaml.safe_load(path.read_text())
     assert options.optimizer == settings["optimizer"]
     assert options.image_size == (32, 48)
 
@@ -246,7 +247,7 @@ def _poisoned(tmp_path):
         ({"batch_size": 5, "accumulate": 2}, "choose a multiple of 2"),
         ({"optimizer": OptimizerOptions(warmup_epochs=9)}, "warm-up of 9 epochs does not fit a run of 3"),
         ({"checkpoint": CheckpointOptions(keep=0)}, "keep must be at least 1"),
-        ({"logging": LoggingOptions(every_steps=0)}, "intervals"),
+        ({"logging": PictureLoggingOptions(every_steps=0)}, "logging_every_steps"),
         ({"in_channels": 2}, "channels"),
         ({"weights": Path("nothing.pth")}, "no weights at nothing.pth"),
     ],

@@ -20,6 +20,15 @@ def test_attention_agrees_with_torch_s_module():
     torch.testing.assert_close(ours(x), theirs(x, x, x, need_weights=False)[0])
 
 
+@pytest.mark.parametrize("token", [0, 5, 8])
+def test_weights_are_those_by_which_values_are_summed(token):
+    attention, x = Attention(16, 4), torch.randn(2, 9, 16)
+    query, key, _ = attention.qkv(x).view(2, 9, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    identity = torch.eye(9).expand(2, 4, 9, 9)  # with these as values, attention returns its weights
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, identity)[:, :, token]
+    torch.testing.assert_close(attention.weights(x, token), expected)
+
+
 def test_large_logits_stay_finite_in_low_precision():
     query = torch.full((1, 1, 4, 64), 300.0)  # products of 64 * 300 * 300 overflow fp16, and scale first must not
     for dtype in (torch.bfloat16, torch.float16):

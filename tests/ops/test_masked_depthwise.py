@@ -32,6 +32,31 @@ def test_the_dense_form_is_the_definition(size):
     )
 
 
+@pytest.mark.parametrize("size", [1, 3, 5, 7])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (3, 5, 8, 2), (2, 40, 33, 130)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_dense_gradients_are_those_of_the_definition(size, shape, dtype):
+    make = lambda *shape: torch.randn(*shape, dtype=dtype).requires_grad_()  # noqa: E731
+    inputs = [make(*shape), make(shape[-1], 1, size, size), make(shape[-1])]
+    exact = [value.detach().double().requires_grad_() for value in inputs]
+    output = masked_depthwise_dense(*inputs)
+    upstream = torch.randn_like(output)
+    got = torch.autograd.grad(output, inputs, upstream)
+    everywhere = torch.ones(shape[:3], dtype=torch.bool)
+    wanted = torch.autograd.grad(by_definition(*exact, everywhere), exact, upstream.double())
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.dtype is dtype
+        assert (mine.double() - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_frozen_dense_weights_get_no_gradient():
+    x, weight, bias = torch.randn(1, 4, 4, 2), torch.randn(2, 1, 3, 3), torch.randn(2, requires_grad=True)
+    masked_depthwise_dense(x, weight, bias).sum().backward()
+    assert weight.grad is None
+    torch.testing.assert_close(bias.grad, torch.full((2,), 16.0))
+
+
 @given(
     batch=st.integers(1, 3),
     grid=st.tuples(st.integers(1, 4), st.integers(2, 4)),

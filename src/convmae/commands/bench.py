@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from convmae import weights
 from convmae.benchmarks.memory import PeakMemory
-from convmae.benchmarks.published import PublishedConvMAE
+from convmae.benchmarks.published import PublishedClassifier, PublishedConvMAE
 from convmae.errors import UserError
 from convmae.models.autoencoder import ConvMAE
-from convmae.models.registry import create_autoencoder
+from convmae.models.classifier import Classifier
+from convmae.models.registry import create_autoencoder, create_classifier
 from convmae.training.optimizer import OptimizerOptions, build_optimizer
 
 
@@ -40,6 +42,7 @@ class BenchResult:
 
 def bench(
     model: str = "base",
+    task: Literal["pretrain", "finetune"] = "pretrain",
     image_size: int = 224,
     batch_size: int = 16,
     rounds: int = 5,
@@ -54,6 +57,7 @@ def bench(
 
     Args:
         model: size: tiny, small, base, large or huge.
+        task: pretrain, the masked autoencoder, or finetune, the classifier on whole images.
         image_size: pixels, a multiple of 16.
         batch_size: images a step.
         rounds: timed rounds, after two that warm up and measure memory; a round is one step of each.
@@ -68,17 +72,7 @@ def bench(
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     precisions = ["float32", "bf16"] if precision == "both" else [precision]
     torch.manual_seed(0)
-    ours = create_autoencoder(model, image_size=image_size)
-    settings = weights.sizes(ours.state_dict())
-    published = PublishedConvMAE(
-        image_size=image_size,
-        widths=settings["widths"],
-        depths=settings["depths"],
-        num_heads=ours.settings["num_heads"],
-        decoder_width=settings["decoder_width"],
-        decoder_depth=settings["decoder_depth"],
-        decoder_num_heads=ours.settings["decoder_num_heads"],
-    )
+    ours, published = _autoencoders(model, image_size) if task == "pretrain" else _classifiers(model, image_size)
     published.load_state_dict(weights.to_published(ours.state_dict()))
     images = torch.randint(0, 256, (batch_size, 3, image_size, image_size), dtype=torch.uint8, device=place)
     start = {"ours": ours.state_dict(), "published": published.state_dict()}
@@ -93,7 +87,7 @@ def bench(
         torch.cuda.get_device_name() if place.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
     )
     title = (
-        f"convmae {model}, {image_size}x{image_size}, batch {batch_size}, {rounds} rounds, {machine}, "
+        f"convmae {model}, {task}, {image_size}x{image_size}, batch {batch_size}, {rounds} rounds, {machine}, "
         f"torch {torch.__version__}"
     )
     _print(title, results)
@@ -104,14 +98,48 @@ def bench(
     return results
 
 
-def _compare(ours: ConvMAE, published: PublishedConvMAE, images: Tensor, precision: str, rounds: int) -> BenchResult:
+def _autoencoders(model: str, image_size: int) -> tuple[ConvMAE, PublishedConvMAE]:
+    ours = create_autoencoder(model, image_size=image_size)
+    settings = weights.sizes(ours.state_dict())
+    return ours, PublishedConvMAE(
+        image_size=image_size,
+        widths=settings["widths"],
+        depths=settings["depths"],
+        num_heads=ours.settings["num_heads"],
+        decoder_width=settings["decoder_width"],
+        decoder_depth=settings["decoder_depth"],
+        decoder_num_heads=ours.settings["decoder_num_heads"],
+    )
+
+
+def _classifiers(model: str, image_size: int) -> tuple[Classifier, PublishedClassifier]:
+    ours = create_classifier(model, image_size=image_size)
+    settings = {name: ours.settings[name] for name in ("widths", "depths", "num_heads", "num_classes")}
+    return ours, PublishedClassifier(image_size=image_size, **settings)
+
+
+def _losses(ours: nn.Module, published: nn.Module, images: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """What a step of each minimises: both get the same images, and the same masks or labels."""
+    if isinstance(ours, ConvMAE):
+        visible = ours.draw_visible(images, torch.Generator().manual_seed(0))
+        normalised = ours.encoder.normalize(images)
+        return {"ours": lambda: ours(images, visible).loss, "published": lambda: published(normalised, visible)[0]}
+    assert isinstance(ours, Classifier)
+    labels = torch.arange(images.shape[0], device=images.device) % ours.num_classes
+    normalised = ours.encoder.normalize(images)
+    return {
+        "ours": lambda: cross_entropy(ours(images), labels),
+        "published": lambda: cross_entropy(published(normalised), labels),
+    }
+
+
+def _compare(ours: nn.Module, published: nn.Module, images: Tensor, precision: str, rounds: int) -> BenchResult:
     """Time one step of each in turn, `rounds` times."""
     device = images.device
-    visible = ours.draw_visible(images, torch.Generator().manual_seed(0))
-    normalised = ours.encoder.normalize(images)
+    losses_of = _losses(ours, published, images)
     steps = {
-        "ours": _step(ours, lambda: ours(images, visible).loss, device, precision),
-        "published": _step(published, lambda: published(normalised, visible)[0], device, precision),
+        "ours": _step(ours, losses_of["ours"], device, precision),
+        "published": _step(published, losses_of["published"], device, precision),
     }
     memory = PeakMemory(device)
     losses: dict[str, float] = {}

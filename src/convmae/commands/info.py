@@ -39,7 +39,7 @@ class Info:
     state_bytes: int
     """Weights, gradients and AdamW's two moments, in float32."""
     activation_bytes: int
-    """Kept for the backward pass for each image of a batch, in float32; about half in bf16."""
+    """Kept for the backward pass for each image of a batch, in float32, as on a GPU; about half in bf16."""
 
 
 def info(
@@ -82,7 +82,9 @@ def info(
     for size in (3, 5, 7, 9):
         if size != kernel_size:
             ratios[f"depthwise kernel {size}x{size}"] = gmac(dense=True, kernel_size=size)["total"] / dense["total"]
-    with FakeTensorMode():  # shapes only, like meta, but attention takes the kernel that a real device would
+    # Shapes only, like meta, but attention takes the kernel that a real device would. Layers are torch's own, as on a
+    # GPU; on a CPU those of this package keep less.
+    with FakeTensorMode():
         activations = _activation_bytes(create_autoencoder(model, kernel_size=kernel_size, **settings))
     result = Info(
         parameters,

@@ -3,18 +3,17 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from convmae import weights as weights_files
 from convmae.data.failures import DecodingFailures
-from convmae.data.images import PretrainingImages, PretrainingLoader, build_loader
+from convmae.data.images import PretrainingImages, TrainingLoader, build_loader
 from convmae.data.sampler import mixed_seed
 from convmae.data.sources import open_images
 from convmae.errors import UserError
@@ -22,12 +21,12 @@ from convmae.models.autoencoder import ConvMAE
 from convmae.models.registry import create_autoencoder, fill
 from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions, loader_workers, start_engine
-from convmae.training.logging import METRICS_FILE, LoggingOptions, RunLog, read_metrics
+from convmae.training.logging import PictureLoggingOptions, RunLog, read_metrics
 from convmae.training.loop import Plan, Position, train
 from convmae.training.optimizer import OptimizerOptions, build_optimizer, build_schedule
+from convmae.training.run import check_positive, checkpoint_to_resume, divide_batch, keep_config, plain_settings
 from convmae.visualize import loss_curve, reconstruction_picture
 
-CONFIG_FILE = "config.yaml"
 _EXAMPLES = 6  # images in a reconstruction picture
 
 
@@ -72,7 +71,7 @@ def pretrain(
     optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 (frozen)
     engine: EngineOptions = EngineOptions(),  # noqa: B008
     checkpoint: CheckpointOptions = CheckpointOptions(),  # noqa: B008
-    logging: LoggingOptions = LoggingOptions(),  # noqa: B008
+    logging: PictureLoggingOptions = PictureLoggingOptions(),  # noqa: B008
 ) -> PretrainingResult:
     """Pretrain a ConvMAE on unlabelled images.
 
@@ -107,9 +106,18 @@ def pretrain(
 
     Raises UserError for settings that cannot work, and Interrupted after SIGTERM or Ctrl-C, a checkpoint being written.
     """
-    settings = _plain(dict(locals()))
+    settings = plain_settings(dict(locals()))
     output = Path(output)  # Python callers may pass a string
-    _check(epochs, batch_size, accumulate, max_skipped, checkpoint, logging)
+    check_positive(
+        epochs=epochs,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        max_skipped=max_skipped,
+        logging_every_steps=logging.every_steps,
+        checkpoint_every_epochs=checkpoint.every_epochs,
+    )
+    if logging.pictures_every_epochs < 0:
+        raise UserError("pictures_every_epochs must be at least 0: raise it")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     torch.manual_seed(seed)
     network = create_autoencoder(
@@ -130,16 +138,11 @@ def pretrain(
     source = open_images(data, split)
 
     fabric = start_engine(engine)
-    passes = fabric.world_size * accumulate
-    if batch_size % passes:
-        raise UserError(
-            f"a batch of {batch_size} does not divide into {fabric.world_size} processes x {accumulate} passes: "
-            f"choose a multiple of {passes}"
-        )
+    batch_of_a_pass = divide_batch(batch_size, fabric.world_size, accumulate)
     loader = build_loader(
         source,
         image_size=size,
-        batch_size=batch_size // passes,
+        batch_size=batch_of_a_pass,
         in_channels=in_channels,
         scale=crop_scale,
         seed=seed,
@@ -160,7 +163,7 @@ def pretrain(
     fabric.barrier()  # all have looked at the run's folder before one writes to it
     log = RunLog(output, logging, active=fabric.is_global_zero)
     if fabric.is_global_zero:
-        _keep_config(output, settings, restored["step"] if restored else 0)
+        keep_config(output, settings, restored["step"] if restored else 0)
     failures = DecodingFailures(output)
     examples = _examples(loader)
     picture = output / "reconstructions" / "latest.png"
@@ -212,34 +215,14 @@ def pretrain(
     return _finish(log, checkpoints, output, picture, position, time.monotonic() - began)
 
 
-def _check(
-    epochs: int,
-    batch_size: int,
-    accumulate: int,
-    max_skipped: int,
-    checkpoint: CheckpointOptions,
-    logging: LoggingOptions,
-) -> None:
-    if min(epochs, batch_size, accumulate, max_skipped) < 1:
-        raise UserError("epochs, batch_size, accumulate and max_skipped must be at least 1: raise them")
-    if min(logging.every_steps, checkpoint.every_epochs) < 1 or logging.pictures_every_epochs < 0:
-        raise UserError("intervals of logging and checkpoints must be at least 1: raise them")
-
-
 def _restore(
     network: ConvMAE, checkpoints: CheckpointFolder, output: Path, resume: bool, weights: Path | None
 ) -> dict[str, Any] | None:
     """Fill the network from the run's newest checkpoint, whose training state is returned, or from given weights."""
-    newest = checkpoints.newest()
+    newest = checkpoint_to_resume(output, checkpoints, resume)
     if newest is not None:
-        if not resume:
-            raise UserError(f"{output} holds a run: continue it with --resume, or choose another --output")
         fill(network, weights_files.read(newest)[0])
         return read_state(newest)
-    if (output / METRICS_FILE).exists() and not resume:
-        raise UserError(
-            f"{output} holds a run without checkpoint: start it anew with --resume, or choose another --output"
-        )
     if weights is not None:
         fill(network, weights_files.read(weights)[0], resize_positions=True)
     return None
@@ -286,29 +269,9 @@ def _draw(network: ConvMAE, images: Tensor, path: Path) -> None:
     network.train()
 
 
-def _examples(loader: PretrainingLoader) -> list[Tensor]:
+def _examples(loader: TrainingLoader) -> list[Tensor]:
     """The images of every picture of the run; none yet for a stream, whose first batch serves."""
     if not isinstance(loader.dataset, PretrainingImages):
         return []
     count = min(_EXAMPLES, len(loader.dataset))
     return [loader.dataset[0, number * len(loader.dataset) // count]["image"] for number in range(count)]
-
-
-def _plain(value: Any) -> Any:
-    """Settings as YAML knows them."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _keep_config(folder: Path, settings: dict[str, Any], step: int) -> None:
-    """Write the resolved settings; a resumed run that changes them leaves the old file and writes beside it."""
-    text = yaml.safe_dump(settings, sort_keys=False)
-    path = folder / CONFIG_FILE
-    if path.exists() and path.read_text() != text:
-        path = path.with_name(f"config-from-step-{step:08d}.yaml")
-    path.write_text(text)

@@ -11,6 +11,7 @@ by the next.
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
-from convmae.data.sampler import ResumableSampler, mixed_seed
+from convmae.data.sampler import ResumableSampler, seeded
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 
@@ -81,10 +82,15 @@ def _decode_crop(
     return _converted(cropped, mode)
 
 
+def open_upright(file: BinaryIO, in_channels: int = 3) -> Image.Image:
+    """A whole encoded picture, upright, 1 grey, 3 RGB or 4 RGBA; raises whatever Pillow raises on damaged files."""
+    with Image.open(file) as image:
+        return _converted(ImageOps.exif_transpose(image), _mode(in_channels))
+
+
 def decode_image(file: BinaryIO, in_channels: int = 3) -> Tensor:
     """A whole encoded picture -> uint8 (C, H, W), upright; raises whatever Pillow raises on damaged files."""
-    with Image.open(file) as image:
-        return functional.pil_to_tensor(_converted(ImageOps.exif_transpose(image), _mode(in_channels)))
+    return functional.pil_to_tensor(open_upright(file, in_channels))
 
 
 def _mode(in_channels: int) -> str:
@@ -108,18 +114,21 @@ class UndecodableImageError(Exception):
     """A picture that cannot be opened or decoded; the message is the reason."""
 
 
+@contextmanager
+def undecodable_if_damaged() -> Iterator[None]:
+    """Turn what opening and decoding raise inside into UndecodableImageError."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise UndecodableImageError("not an image, or of an unknown format") from error
+    except Exception as error:  # on damaged files Pillow's plugins raise errors of many unrelated types
+        raise UndecodableImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
 def _seeded_crop(crop: RandomCrop, open_file: Callable[[], BinaryIO], *seeds: int) -> Tensor:
-    """The random crop that `seeds` determine, uint8 (C, H, W); the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would reset the accelerator's generators too.
-        torch.default_generator.manual_seed(mixed_seed(*seeds))
-        try:
-            with open_file() as file:
-                return crop(file)
-        except UnidentifiedImageError as error:
-            raise UndecodableImageError("not an image, or of an unknown format") from error
-        except Exception as error:  # on damaged files Pillow's plugins raise errors of many unrelated types
-            raise UndecodableImageError(" ".join(str(error).split()) or type(error).__name__) from error
+    """The random crop that `seeds` determine, uint8 (C, H, W)."""
+    with seeded(*seeds), undecodable_if_damaged(), open_file() as file:
+        return crop(file)
 
 
 class PretrainingImages(Dataset):
@@ -197,14 +206,32 @@ def _all_failed(name: str, failed: list[str]) -> UserError:
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples -> {"images": uint8 (B, C, H, W), "failed": names and reasons of undecodable pictures}."""
-    return {
+    """Samples -> {"images": uint8 (B, C, H, W), "failed": names and reasons of undecodable pictures}.
+
+    Where samples have a "label", also {"labels": int64 (B,)}.
+    """
+    batch = {
         "images": default_collate([sample["image"] for sample in samples]),
         "failed": [failure for sample in samples for failure in sample["failed"]],
     }
+    if "label" in samples[0]:
+        batch["labels"] = torch.tensor([sample["label"] for sample in samples])
+    return batch
 
 
-class PretrainingLoader(DataLoader):
+class ImageLoader(DataLoader):
+    """A DataLoader whose workers' UserErrors arrive as they were raised."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            # A worker's error arrives as a whole traceback, of which the last line is the message.
+            message = str(error).strip().splitlines()[-1].removeprefix("convmae.errors.UserError: ")
+            raise UserError(message) from error
+
+
+class TrainingLoader(ImageLoader):
     """Whole batches of random crops, the same number on every rank; its length is what remains of the epoch.
 
     Call `set_position` before each epoch, or the last one is replayed.
@@ -228,14 +255,6 @@ class PretrainingLoader(DataLoader):
             return super().__len__()
         return len(self._stream.source) // self._stream.batch_size - self._stream.first_batch.value
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        try:
-            yield from super().__iter__()
-        except UserError as error:
-            # A worker's error arrives as a whole traceback, of which the last line is the message.
-            message = str(error).strip().splitlines()[-1].removeprefix("convmae.errors.UserError: ")
-            raise UserError(message) from error
-
 
 def build_loader(
     source: ImageCollection | ImageStream,
@@ -249,7 +268,7 @@ def build_loader(
     pin_memory: bool = False,
     num_replicas: int = 1,
     rank: int = 0,
-) -> PretrainingLoader:
+) -> TrainingLoader:
     """This rank's batches {"images": uint8 (batch_size, in_channels, *image_size), "failed": list}.
 
     batch_size: samples per rank and step. The crops of a folder do not depend on num_workers; a stream is
@@ -269,7 +288,7 @@ def build_loader(
     else:
         dataset = PretrainingImages(source, crop, seed)
         sampler = ResumableSampler(len(dataset), batch_size, seed=seed, num_replicas=num_replicas, rank=rank)
-    return PretrainingLoader(
+    return TrainingLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,

@@ -5,7 +5,9 @@ midst of an epoch continues the exact sequence, and every rank works out its own
 others.
 """
 
+import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy
 import torch
@@ -15,6 +17,23 @@ from torch.utils.data import Sampler
 def mixed_seed(*parts: int) -> int:
     """One 64-bit seed from several non-negative integers; neighbouring inputs give unrelated seeds."""
     return int(numpy.random.SeedSequence(parts).generate_state(1, numpy.uint64)[0])
+
+
+@contextmanager
+def seeded(*parts: int) -> Iterator[None]:
+    """Inside, the random numbers of Python, NumPy and torch (CPU) follow from `parts`; outside they go on as before."""
+    seed = mixed_seed(*parts)
+    of_python, of_numpy = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would reset the accelerator's generators too.
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            numpy.random.set_state(of_numpy)
 
 
 class ResumableSampler(Sampler[tuple[int, int]]):

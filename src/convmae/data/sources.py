@@ -6,7 +6,7 @@ readers find them; nothing is decoded here.
 
 import io
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,10 +22,10 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 class ImageCollection:
-    """Encoded pictures that are opened by index."""
+    """Encoded pictures that are opened by index; `classes` names their classes, where they have any."""
 
-    def __init__(self, name: str, reader: Any, picture_name: Callable[[int], str]) -> None:
-        self.name, self.picture_name, self._reader = name, picture_name, reader
+    def __init__(self, name: str, reader: Any, picture_name: Callable[[int], str], classes: Sequence[str] = ()) -> None:
+        self.name, self.picture_name, self.classes, self._reader = name, picture_name, list(classes), reader
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -33,6 +33,11 @@ class ImageCollection:
     def open(self, index: int) -> BinaryIO:
         """The encoded picture number `index`, 0 <= index < len(self); the caller closes it."""
         return self._reader[index][0]
+
+    def open_labelled(self, index: int) -> tuple[BinaryIO, int]:
+        """The same with the number of its class; 0 where there are no classes."""
+        file, label = self._reader[index]
+        return file, label if self.classes else 0
 
 
 class ImageStream:
@@ -129,6 +134,24 @@ def open_images(data: str | Path, split: str = "train") -> ImageCollection | Ima
     if prefix in ("hfds", "hfids"):
         return _open_hugging_face(str(data), prefix, rest, split)
     return _open_folder(Path(data))
+
+
+class _FileReader:
+    """Picture files: reader[index] -> (binary file, label 0)."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        return Path(self._paths[index]).open("rb"), 0
+
+
+def open_files(name: str, paths: Sequence[str]) -> ImageCollection:
+    """Picture files in the given order, each called by its path. They are opened when they are read."""
+    return ImageCollection(name, _FileReader(paths), list(paths).__getitem__)
 
 
 def _open_folder(folder: Path) -> ImageCollection:

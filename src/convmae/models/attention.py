@@ -4,9 +4,11 @@ Shape letters: B sequences, N tokens, C channels, h heads.
 """
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from convmae.models.layers import Linear, Mlp
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -24,14 +26,23 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3C) -> (B, N, 3, h, C / h)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        x = attend(query, key, value).transpose(1, 2).flatten(2)  # (B, h, N, C / h) -> (B, N, C)
+        x = attend(*self._heads(x)).transpose(1, 2).flatten(2)  # (B, h, N, C / h) -> (B, N, C)
         return self.proj(x)
+
+    def weights(self, x: Tensor, token: int) -> Tensor:
+        """How much token number `token` takes from each: (B, N, C) -> (B, h, N), which sums to 1 over the tokens."""
+        query, key, _ = self._heads(x)
+        scores = (query[:, :, token, None].float() * key).sum(dim=-1)  # (B, h, 1, C / h) * (B, h, N, C / h)
+        return (scores * query.shape[-1] ** -0.5).softmax(dim=-1)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of all tokens, (B, h, N, C / h) each."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3C) -> (B, N, 3, h, C / h)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class TransformerBlock(nn.Module):

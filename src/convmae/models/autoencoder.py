@@ -14,6 +14,7 @@ from convmae.errors import UserError
 from convmae.masking import complementary_visible, random_visible, visible_count
 from convmae.models.decoder import Decoder
 from convmae.models.encoder import CELLS, PATCH, ConvViT, grid_of, merge_cells, resized_pos_embed
+from convmae.models.layers import Linear
 from convmae.packing import Packing
 
 
@@ -107,8 +108,8 @@ class ConvMAE(nn.Module):
 
         self.encoder = ConvViT(size, in_channels, widths, depths, num_heads, mlp_ratio, kernel_size)
         # Strided convolutions as matrix products, like Downsample: weights (C3, 4*4*C1) and (C3, 2*2*C2).
-        self.project1 = nn.Linear(CELLS**2 * widths[0], widths[2]) if multi_scale else None
-        self.project2 = nn.Linear(CELLS * widths[1], widths[2]) if multi_scale else None
+        self.project1 = Linear(CELLS**2 * widths[0], widths[2]) if multi_scale else None
+        self.project2 = Linear(CELLS * widths[1], widths[2]) if multi_scale else None
         self.norm = nn.LayerNorm(widths[2], eps=1e-6)
         outputs = PATCH * PATCH * in_channels
         self.decoder = Decoder(widths[2], outputs, grid, decoder_width, decoder_depth, decoder_num_heads)
@@ -237,7 +238,7 @@ class ConvMAE(nn.Module):
     def _initialise(self) -> None:
         """As published: Xavier-uniform for transformers and third downsampling, torch's own for the convolutions.
 
-        Pointwise and strided convolutions are nn.Linear here, whose own initialisation is that of a convolution.
+        Pointwise and strided convolutions are linear layers here, whose own initialisation is that of a convolution.
         """
         for part in (self.encoder.projection, self.encoder.stage3, self.decoder):
             for module in part.modules():

@@ -1,18 +1,33 @@
-"""The encoder on the dense way with a classification head."""
+"""The encoder on the dense way with a classification head, by timm's contract for models."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from convmae import weights
+from convmae.errors import UserError
 from convmae.models.encoder import ConvViT
+from convmae.models.fitting import fit
+
+_log = logging.getLogger(__name__)
+
+_FIRST_LAYER = "encoder.downsample1.proj.weight"
 
 
 class Classifier(nn.Module):
     """Mean of the encoder's last map, a LayerNorm of its own, a linear layer (the published fine-tuning form).
 
-    Arguments as of ConvViT, and num_classes; 0 leaves out the linear layer. The position embedding is trainable.
+    Arguments as of ConvViT, and:
+    num_classes: 0 leaves out the linear layer. classes: their names, num_classes of them.
+    drop_rate: of the dropout before the linear layer.
+    global_pool: "avg" for the mean and its LayerNorm, "" for neither.
+
+    The position embedding is trainable. `load_state_dict` takes whatever `checkpoint_filter_fn` does.
     """
+
+    output_fmt = "NHWC"  # of `forward_features`, in timm's words
 
     def __init__(
         self,
@@ -25,44 +40,179 @@ class Classifier(nn.Module):
         mlp_ratio: float = 4.0,
         kernel_size: int = 5,
         drop_path: float = 0.0,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+        classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-        self.settings: dict[str, Any] = {  # what a weights file records, so that `load` builds the same model
-            "image_size": size,
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "widths": tuple(widths),
-            "depths": tuple(depths),
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "kernel_size": kernel_size,
-        }
+        if classes is not None and len(classes) != num_classes:
+            raise UserError(f"{len(classes)} names for {num_classes} classes: give a name to each")
         self.num_classes = num_classes
-        self.num_features = widths[2]
-        self.encoder = ConvViT(size, in_channels, widths, depths, num_heads, mlp_ratio, kernel_size, drop_path)
+        self.classes = None if classes is None else list(classes)
+        self.in_chans = in_channels  # timm's name
+        self.num_features = self.head_hidden_size = widths[2]
+        self.encoder = ConvViT(
+            _height_and_width(image_size), in_channels, widths, depths, num_heads, mlp_ratio, kernel_size, drop_path
+        )
         self.encoder.pos_embed.requires_grad_(True)
-        self.fc_norm = nn.LayerNorm(widths[2], eps=1e-6)
-        self.head = nn.Linear(widths[2], num_classes) if num_classes else nn.Identity()
-        self._initialise()
+        self.global_pool = global_pool
+        self.fc_norm: nn.Module = nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head: nn.Module = nn.Identity()
+        self.reset_classifier(num_classes, global_pool)
+        for part in (self.encoder.projection, self.encoder.stage3):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    _initialise(module)
+        self.register_load_state_dict_pre_hook(_fit_before_loading)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a weights file records, so that `load` builds the same model."""
+        own = {"num_classes": self.num_classes, "global_pool": self.global_pool, "classes": self.classes}
+        return {**self.encoder.settings, **own}
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Channels, stride and last module of the three stages, in timm's words."""
+        return [{**info, "module": f"encoder.{info['module']}"} for info in self.encoder.feature_info]
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), uint8 or normalised float -> last map (B, H / 16, W / 16, C3)."""
         return self.encoder(images)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map (B, H, W, C3) -> logits (B, num_classes), or the pooled and normalised features (B, C3) before them."""
-        pooled = self.fc_norm(features.mean(dim=(1, 2)))
-        return pooled if pre_logits else self.head(pooled)
+        """Map (B, H, W, C3) -> logits (B, num_classes), or the pooled and normalised features (B, C3) before them.
+
+        With global_pool "" both keep the map's shape.
+        """
+        pooled = self.fc_norm(features.mean(dim=(1, 2))) if self.global_pool else features
+        return pooled if pre_logits else self.head(self.head_drop(pooled))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), uint8 or normalised float -> logits (B, num_classes)."""
         return self.forward_head(self.forward_features(images))
 
-    def _initialise(self) -> None:
-        """Truncated normal 0.02 and zero bias for the linear layers, torch's own for the convolutions."""
-        for part in (self.encoder.projection, self.encoder.stage3, self.head):
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=0.02)
-                    nn.init.zeros_(module.bias)
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The maps of the encoder's stages; see ConvViT."""
+        return self.encoder.forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages after the last of `indices`; a head goes with the last stage, or on demand."""
+        before = self.encoder.num_stages
+        taken = self.encoder.prune_intermediate_layers(indices)
+        pruned = self.encoder.num_stages < before
+        self.num_features = self.head_hidden_size = self.feature_info[self.encoder.num_stages - 1]["num_chs"]
+        if prune_head or pruned:
+            self.reset_classifier(0, "")
+        elif prune_norm:
+            self.fc_norm = nn.Identity()
+        return taken
+
+    def get_classifier(self) -> nn.Module:
+        """The linear layer, an identity if there is none."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Begin with a fresh head, truncated normal 0.02 and zero bias; `classes` of another number are forgotten."""
+        if global_pool is not None:
+            if global_pool not in ("avg", ""):
+                raise UserError(f"global_pool '{global_pool}' is unknown: choose avg, or '' for none")
+            self.global_pool = global_pool
+        like = self.encoder.downsample1.proj.weight
+        place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+        if not self.global_pool:
+            self.fc_norm = nn.Identity()
+        elif isinstance(self.fc_norm, nn.Identity):
+            self.fc_norm = nn.LayerNorm(self.num_features, eps=1e-6, **place)
+        self.head = nn.Linear(self.num_features, num_classes, **place) if num_classes else nn.Identity()
+        if isinstance(self.head, nn.Linear):
+            _initialise(self.head)
+        if num_classes != self.num_classes:
+            self.num_classes, self.classes = num_classes, None
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters belong to one layer, in timm's words: the published ids for layer-wise learning-rate decay.
+
+        All before the transformer is layer 0, block i is i + 1, fc_norm and head, which nothing here matches, are the
+        last. coarse: a layer a stage.
+        """
+        before = r"^encoder\.(?:pos_embed|projection|downsample\d|stage[12])"
+        if coarse:
+            return {"stages": [(r"^encoder\.(?:downsample|stage)(\d)", None), (before, (3,))]}
+        return {"before": before, "blocks": r"^encoder\.stage3\.(\d+)"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay, besides biases and norms."""
+        return {"encoder.pos_embed"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training computes the blocks twice to use less memory."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Resize the table of positions for good; other sizes work without, resized in every forward pass."""
+        self.encoder.set_input_size(_height_and_width(img_size))
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Classifier) -> weights.StateDict:
+    """Make what any weights file of this package or the authors' holds fit a classifier.
+
+    state_dict: whatever `weights.unwrap` takes: an autoencoder, a classifier or an encoder. Parts that the model does
+    not have, such as a decoder, are left out; a head or norm that the file does not have stays the model's, and so does
+    a head for another number of classes; positions are resized. Raises UserError that names the first tensor that does
+    not fit.
+    """
+    state, _ = weights.unwrap(state_dict)
+    own = model.state_dict()
+    parts = {_part(name) for name in own}
+    state = {name: value for name, value in state.items() if _part(name) in parts}
+    if "head.weight" in state and state["head.weight"].shape[0] != model.num_classes:
+        _log.warning(
+            "the weights' head is for %d classes, the model's for %d: the model keeps its own, untrained",
+            state["head.weight"].shape[0],
+            model.num_classes,
+        )
+        state = {name: value for name, value in state.items() if _part(name) != "head"}
+    of_the_head = {name: value for name, value in own.items() if _part(name) in ("fc_norm", "head")}
+    return fit({**of_the_head, **state}, own, resize_positions=True)
+
+
+def _part(name: str) -> str:
+    """The part of the model to which a tensor belongs: fc_norm, head, encoder.stage1, ..."""
+    first, *others = name.split(".")
+    return f"{first}.{others[0]}" if first == "encoder" else first
+
+
+def _fit_before_loading(model: Classifier, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Run `checkpoint_filter_fn` where torch fills the model, so that every way of loading takes every file."""
+    given = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    own = model.state_dict()
+    if given.keys() == own.keys() and all(given[name].shape == own[name].shape for name in own):
+        return
+    if given.keys() <= own.keys() and _FIRST_LAYER not in given:
+        return  # a part of a model: torch decides by `strict`
+    fitting = checkpoint_filter_fn(given, model)
+    for name in given:
+        del state[prefix + name]
+    state.update({prefix + name: value for name, value in fitting.items()})
+
+
+def _initialise(linear: nn.Linear) -> None:
+    """Truncated normal 0.02 and zero bias, as published; the convolutions keep torch's own."""
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+
+
+def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    return (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])

@@ -7,6 +7,7 @@ from convmae.errors import UserError
 from convmae.masking import Grid
 from convmae.models.attention import TransformerBlock
 from convmae.models.encoder import resized_pos_embed, sincos_pos_embed
+from convmae.models.layers import Linear
 from convmae.packing import Packing
 
 
@@ -22,12 +23,12 @@ class Decoder(nn.Module):
         super().__init__()
         if width % num_heads:
             raise UserError(f"decoder width {width} does not divide into {num_heads} heads: choose a divisor")
-        self.embed = nn.Linear(in_width, width)
+        self.embed = Linear(in_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_pos_embed(grid, width), requires_grad=False)
         self.blocks = nn.ModuleList(TransformerBlock(width, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.prediction = nn.Linear(width, outputs)
+        self.prediction = Linear(width, outputs)
 
     def forward(self, latent: Tensor, packing: Packing) -> Tensor:
         """latent (B, K, C) -> prediction for all tokens (B, L, outputs)."""

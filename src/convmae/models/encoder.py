@@ -6,17 +6,21 @@ serves both; only the depthwise convolution looks at neighbours and is told whic
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, build_sincos2d_pos_embed, resample_abs_pos_embed_nhwc
+from timm.layers import DropPath, build_sincos2d_pos_embed, resample_abs_pos_embed_nhwc
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.functional import gelu
+from torch.utils.checkpoint import checkpoint
 
 from convmae.errors import UserError
 from convmae.masking import Grid
 from convmae.models.attention import TransformerBlock
+from convmae.models.hub import HubEncoder
+from convmae.models.layers import Linear, Mlp
 from convmae.ops.masked_depthwise import masked_depthwise, masked_depthwise_dense
 from convmae.packing import Packing
 
@@ -37,7 +41,7 @@ class Downsample(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, factor: int) -> None:
         super().__init__()
         self.factor = factor
-        self.proj = nn.Linear(factor * factor * in_channels, out_channels)
+        self.proj = Linear(factor * factor * in_channels, out_channels)
         self.norm = nn.LayerNorm(out_channels, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,9 +80,9 @@ class ConvBlock(nn.Module):
     def __init__(self, channels: int, kernel_size: int = 5, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels, eps=1e-5)
-        self.pointwise1 = nn.Linear(channels, channels)
+        self.pointwise1 = Linear(channels, channels)
         self.depthwise = DepthwiseConv(channels, kernel_size)
-        self.pointwise2 = nn.Linear(channels, channels)
+        self.pointwise2 = Linear(channels, channels)
         self.norm2 = nn.LayerNorm(channels, eps=1e-5)
         self.mlp = Mlp(channels, int(channels * mlp_ratio))
         self.drop_path = DropPath(drop_path)
@@ -100,7 +104,7 @@ class Stages(NamedTuple):
     stage3: Tensor
 
 
-class ConvViT(nn.Module):
+class ConvViT(nn.Module, HubEncoder):
     """The hybrid encoder: convolution stages 1 and 2, transformer stage 3 (section 3.1; defaults are the paper's base).
 
     image_size: height and width in pixels, multiples of 16; it sets the grid of the position embedding, which is
@@ -127,12 +131,27 @@ class ConvViT(nn.Module):
             raise UserError(f"width {widths[2]} does not divide into {num_heads} heads: choose a divisor")
         rates = [drop_path * block / max(sum(depths) - 1, 1) for block in range(sum(depths))]
         rates1, rates2, rates3 = rates[: depths[0]], rates[depths[0] : -depths[2]], rates[-depths[2] :]
+        self.settings: dict[str, Any] = {  # what a weights file records, so that `load` builds the same encoder
+            "image_size": (image_size[0], image_size[1]),
+            "in_channels": in_channels,
+            "widths": tuple(widths),
+            "depths": tuple(depths),
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "kernel_size": kernel_size,
+        }
+        self.feature_info: list[dict[str, Any]] = [  # of the three maps, in timm's words
+            {"num_chs": width, "reduction": stride, "module": f"stage{stage}.{depth - 1}"}
+            for stage, (width, stride, depth) in enumerate(zip(widths, (4, 8, 16), depths, strict=True), start=1)
+        ]
+        self.num_stages = 3  # fewer after `prune_intermediate_layers`
+        self.grad_checkpointing = False
 
         self.normalize = Normalize(in_channels)
         self.downsample1 = Downsample(in_channels, widths[0], 4)
         self.downsample2 = Downsample(widths[0], widths[1], 2)
         self.downsample3 = Downsample(widths[1], widths[2], 2)
-        self.projection = nn.Linear(widths[2], widths[2])
+        self.projection = Linear(widths[2], widths[2])
         self.pos_embed = nn.Parameter(sincos_pos_embed(grid_of(image_size), widths[2]), requires_grad=False)
         self.stage1 = nn.ModuleList(ConvBlock(widths[0], kernel_size, mlp_ratio, rate) for rate in rates1)
         self.stage2 = nn.ModuleList(ConvBlock(widths[1], kernel_size, mlp_ratio, rate) for rate in rates2)
@@ -149,21 +168,83 @@ class ConvViT(nn.Module):
 
     def transform(self, tokens: Tensor) -> Tensor:
         """The transformer blocks over any set of tokens, positions added: (B, N, C) -> (B, N, C)."""
-        for block in self.stage3:
-            tokens = block(tokens)
-        return tokens
+        return self._run(self.stage3, tokens)
 
     def forward(self, images: Tensor) -> Tensor:
         """The dense way without masks: images (B, C, H, W), uint8 or normalised float -> (B, H / 16, W / 16, C3)."""
-        grid = grid_of(images.shape[-2:])
-        x = self.convolve(self.normalize(images).permute(0, 2, 3, 1)).stage3
-        x = x + resized_pos_embed(self.pos_embed, grid)
-        return self.transform(x.flatten(1, 2)).view(x.shape)
+        return self._maps(images, self.num_stages)[-1]
 
-    @staticmethod
-    def _stage(x: Tensor, blocks: nn.ModuleList, where: Where) -> Tensor:
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The maps of the stages on the dense way, by timm's contract.
+
+        x: images (B, C, H, W), uint8 or normalised float. indices: which of the stages 0, 1, 2; a number n for the last
+        n, None for all. stop_early: compute nothing after the last of them. output_fmt: NCHW or NHWC.
+
+        Returns the last map (B, H, W, C) and the list of those asked for; with `intermediates_only` the list alone.
+        """
+        if norm:
+            raise UserError("the maps have no norm, pretraining's is for the sum of all stages: leave norm=False")
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise UserError(f"output format '{output_fmt}' is unknown: choose NCHW or NHWC")
+        taken, last = feature_take_indices(self.num_stages, indices)
+        maps = self._maps(x, last + 1 if stop_early else self.num_stages)
+        chosen = [maps[stage] for stage in taken]
+        if output_fmt == "NCHW":
+            chosen = [x.permute(0, 3, 1, 2).contiguous() for x in chosen]
+        return chosen if intermediates_only else (maps[-1], chosen)
+
+    def prune_intermediate_layers(self, indices: int | list[int] = 1) -> list[int]:
+        """Drop the stages after the last of `indices` (see `forward_intermediates`); returns them counted from 0."""
+        taken, last = feature_take_indices(self.num_stages, indices)
+        if last < 2:
+            del self.downsample3, self.projection, self.pos_embed, self.stage3
+        if last < 1:
+            del self.downsample2, self.stage2
+        self.num_stages = last + 1
+        return taken
+
+    def set_input_size(self, image_size: Sequence[int]) -> None:
+        """Resize the table of positions for good to the grid of (height, width) pixels."""
+        grid = grid_of(image_size)
+        self.settings["image_size"] = (image_size[0], image_size[1])
+        with torch.no_grad():
+            table = resized_pos_embed(self.pos_embed, grid).clone()
+        self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps only the inputs of the blocks and computes the rest twice: slower, in less memory."""
+        self.grad_checkpointing = enable
+
+    def _maps(self, images: Tensor, stages: int) -> list[Tensor]:
+        """Dense maps (B, H / f, W / f, C) after each of the first so many stages, of the last with positions."""
+        grid = grid_of(images.shape[-2:])
+        x = self.normalize(images).permute(0, 2, 3, 1)
+        maps = [self._stage(self.downsample1(x), self.stage1, None)]
+        if stages > 1:
+            maps.append(self._stage(self.downsample2(maps[-1]), self.stage2, None))
+        if stages > 2:
+            x = self.projection(self.downsample3(maps[-1])) + resized_pos_embed(self.pos_embed, grid)
+            maps.append(self.transform(x.flatten(1, 2)).view(x.shape))
+        return maps
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor, *arguments: Where) -> Tensor:
         for block in blocks:
-            x = block(x, where)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *arguments, use_reentrant=False)
+            else:
+                x = block(x, *arguments)
+        return x
+
+    def _stage(self, x: Tensor, blocks: nn.ModuleList, where: Where) -> Tensor:
+        x = self._run(blocks, x, where)
         # A masked cell must not be merged with visible ones by the next, strided layer. (Where whole tokens are masked
         # no layer merges the two, and packed maps hold no masked cell.)
         return x * where[..., None] if isinstance(where, Tensor) else x
@@ -214,4 +295,6 @@ def sincos_pos_embed(grid: Grid, width: int) -> Tensor:
 
 def resized_pos_embed(pos_embed: Tensor, grid: Grid) -> Tensor:
     """A position embedding (1, H, W, C) resized bicubically to another grid."""
+    if pos_embed.shape[1:3] == grid:  # timm looks at this too, but never while exporting
+        return pos_embed
     return resample_abs_pos_embed_nhwc(pos_embed, list(grid))

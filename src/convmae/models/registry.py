@@ -1,18 +1,23 @@
 """The table of sizes, timm's registration of the classifiers, and `load`: a weights file to the model that it holds."""
 
+import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm.models import register_model
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import resolve_pretrained_cfg as resolve_timm_cfg
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from convmae import weights
 from convmae.errors import UserError
 from convmae.models.autoencoder import ConvMAE
-from convmae.models.classifier import Classifier
-from convmae.models.encoder import resized_pos_embed
+from convmae.models.classifier import Classifier, checkpoint_filter_fn
+from convmae.models.encoder import PATCH
+from convmae.models.fitting import fit
 
 _log = logging.getLogger(__name__)
 
@@ -61,47 +66,64 @@ def load(
 
     An encoder alone becomes a classifier with num_classes=0. Raises UserError if the tensors do not fit the model.
     """
-    if isinstance(path_or_state_dict, Mapping):
-        state, facts = weights.unwrap(path_or_state_dict)
-    else:
-        state, facts = weights.read(path_or_state_dict)
-    found = weights.sizes(state)
-    known = {**found, **facts}
-    known["num_heads"] = num_heads or facts.get("num_heads") or _heads(found["widths"][2], "num_heads")
-    model: ConvMAE | Classifier
-    if "decoder.mask_token" in state:
-        known["decoder_num_heads"] = (
-            decoder_num_heads or facts.get("decoder_num_heads") or _heads(found["decoder_width"], "decoder_num_heads")
-        )
-        model = ConvMAE(**{**known, **settings})
-    else:
-        model = Classifier(**{"num_classes": 0, **known, **settings})
+    state, facts = _read(path_or_state_dict)
+    if "decoder.mask_token" not in state:
+        return _classifier(state, facts, num_heads, settings)
+    known = _known(state, facts, num_heads)
+    known["decoder_num_heads"] = (
+        decoder_num_heads or facts.get("decoder_num_heads") or _heads(known["decoder_width"], "decoder_num_heads")
+    )
+    model = ConvMAE(**{**known, **settings})
     fill(model, state, resize_positions=True)
     return model
 
 
+def load_classifier(
+    path_or_state_dict: str | Path | Mapping[str, Any], num_heads: int | None = None, **settings: Any
+) -> Classifier:
+    """Build a classifier on the encoder of any weights file: of an autoencoder, a classifier or an encoder alone.
+
+    path_or_state_dict, num_heads: see `load`. settings: any other argument of Classifier, such as num_classes,
+        image_size or drop_path; by default the file's.
+
+    The file's head is kept where it is for so many classes; otherwise the classifier begins with a fresh one, or with
+    none if neither the file nor `settings` says how many classes there are.
+    """
+    return _classifier(*_read(path_or_state_dict), num_heads, settings)
+
+
 def fill(model: nn.Module, state: Mapping[str, Tensor], resize_positions: bool = False) -> None:
-    """Copy all of a state dict into a model.
+    """Copy all of a state dict under our names into a model that has exactly its tensors.
 
     resize_positions: position embeddings of another grid are resized bicubically. Raises UserError that names the first
         tensor that does not fit.
     """
-    expected = model.state_dict()
-    missing = sorted(expected.keys() - state.keys())
-    unexpected = sorted(state.keys() - expected.keys())
-    if missing or unexpected:
-        fault = f"lacks {missing[0]}" if missing else f"has {unexpected[0]} besides"
-        raise UserError(f"the weights do not fit the model: the file {fault}; check the model's settings")
-    fitting = dict(state)
-    for name, value in expected.items():
-        if resize_positions and name.endswith("pos_embed") and state[name].shape[-1] == value.shape[-1]:
-            fitting[name] = resized_pos_embed(state[name], (value.shape[1], value.shape[2]))
-        if value.shape != fitting[name].shape:
-            raise UserError(
-                f"the weights do not fit the model: {name} is {tuple(state[name].shape)} in the file and "
-                f"{tuple(value.shape)} in the model; check the model's settings"
-            )
-    model.load_state_dict(fitting)
+    model.load_state_dict(fit(state, model.state_dict(), resize_positions))
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[weights.StateDict, dict[str, Any]]:
+    """Tensors under our names, and what the source says of its model."""
+    return weights.unwrap(source) if isinstance(source, Mapping) else weights.read(source)
+
+
+def _known(state: weights.StateDict, facts: dict[str, Any], num_heads: int | None) -> dict[str, Any]:
+    """The settings of the model that the tensors are of."""
+    known = {**weights.sizes(state), **facts}
+    known["num_heads"] = num_heads or facts.get("num_heads") or _heads(known["widths"][2], "num_heads")
+    return known
+
+
+def _classifier(
+    state: weights.StateDict, facts: dict[str, Any], num_heads: int | None, settings: dict[str, Any]
+) -> Classifier:
+    accepted = inspect.signature(Classifier).parameters
+    known = {name: value for name, value in _known(state, facts, num_heads).items() if name in accepted}
+    known = {"num_classes": 0, **known}
+    if settings.get("num_classes", known["num_classes"]) != known["num_classes"]:
+        known.pop("classes", None)
+    model = Classifier(**{**known, **settings})
+    model.load_state_dict(checkpoint_filter_fn(state, model))
+    return model
 
 
 def _heads(width: int, argument: str) -> int:
@@ -122,47 +144,84 @@ def _heads(width: int, argument: str) -> int:
     return guess
 
 
-def _timm(size: str, pretrained: bool, settings: dict[str, Any]) -> Classifier:
-    if pretrained:
-        raise UserError(
-            f"no weights of convmae_{size} can be downloaded: use checkpoint_path=FILE or convmae.load(FILE)"
-        )
-    # timm hands these to every model; here they say nothing new.
-    accepted = {k: v for k, v in settings.items() if not k.startswith("pretrained_") and k != "cache_dir"}
-    if "in_chans" in accepted:
-        accepted["in_channels"] = accepted.pop("in_chans")
-    if "img_size" in accepted:
-        accepted["image_size"] = accepted.pop("img_size")
-    if "drop_path_rate" in accepted:
-        accepted["drop_path"] = accepted.pop("drop_path_rate")
-    return create_classifier(size, **accepted)
+_TIMM_CFG: dict[str, Any] = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (224 // PATCH, 224 // PATCH),
+    "crop_pct": 224 / 256,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "encoder.downsample1.proj",
+    "classifier": "head",
+    "license": "apache-2.0",
+    "paper_name": "ConvMAE: Masked Convolution Meets Masked Autoencoders",
+    "paper_ids": "arXiv:2205.03892",
+}
+# `register_model` looks for this name.
+default_cfgs = generate_default_cfgs({f"convmae_{size}": _TIMM_CFG for size in ENCODERS})
+
+
+def _timm(size: str, pretrained: bool, settings: dict[str, Any]) -> nn.Module:
+    """What timm.create_model returns: a Classifier, or with features_only=True timm's wrapper of one."""
+    name = f"convmae_{size}"
+    source = resolve_timm_cfg(name, settings.get("pretrained_cfg"), settings.get("pretrained_cfg_overlay"))
+    if pretrained and not (source.has_weights or source.state_dict):
+        raise UserError(f"no weights of {name} can be downloaded: use checkpoint_path=FILE or convmae.load(FILE)")
+    model = build_model_with_cfg(
+        _with_timm_names,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2), "feature_cls": "getter"},
+        **{**_size(size), **settings},
+    )
+    if isinstance(model, FeatureGetterNet):
+        model.register_load_state_dict_pre_hook(_for_the_wrapped_model)
+    elif pretrained and source.label_names and len(source.label_names) == model.num_classes:
+        model.classes = list(source.label_names)
+    return model
+
+
+def _with_timm_names(**settings: Any) -> Classifier:
+    """A Classifier whose arguments have timm's names."""
+    ours = {"in_chans": "in_channels", "img_size": "image_size", "drop_path_rate": "drop_path"}
+    return Classifier(**{ours.get(name, name): value for name, value in settings.items()})
+
+
+def _for_the_wrapped_model(model: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Weights of a whole model loaded into timm's wrapper, which calls its model `model`."""
+    own = f"{prefix}model."
+    for name in [name for name in state if name.startswith(prefix) and not name.startswith(own)]:
+        state[own + name.removeprefix(prefix)] = state.pop(name)
 
 
 @register_model
-def convmae_tiny(pretrained: bool = False, **kwargs: Any) -> Classifier:
+def convmae_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Tiny (2-3 M parameters), for CPUs, demos and tests."""
     return _timm("tiny", pretrained, kwargs)
 
 
 @register_model
-def convmae_small(pretrained: bool = False, **kwargs: Any) -> Classifier:
+def convmae_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Small (22 M parameters)."""
     return _timm("small", pretrained, kwargs)
 
 
 @register_model
-def convmae_base(pretrained: bool = False, **kwargs: Any) -> Classifier:
+def convmae_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Base (85 M parameters), the paper's model."""
     return _timm("base", pretrained, kwargs)
 
 
 @register_model
-def convmae_large(pretrained: bool = False, **kwargs: Any) -> Classifier:
+def convmae_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Large (272 M parameters)."""
     return _timm("large", pretrained, kwargs)
 
 
 @register_model
-def convmae_huge(pretrained: bool = False, **kwargs: Any) -> Classifier:
+def convmae_huge(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Huge (653 M parameters)."""
     return _timm("huge", pretrained, kwargs)

@@ -9,7 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, pad
 
+from convmae.ops.eager import computes_on_cpu
 from convmae.packing import Packing
+
+# The dense gradient takes so many bytes of a map at a time, which stay in the cache over all shifts of the kernel.
+_PART_BYTES = 2 * 2**20
 
 
 def masked_depthwise_dense(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -20,7 +24,8 @@ def masked_depthwise_dense(x: Tensor, weight: Tensor, bias: Tensor, visible: Ten
     """
     if visible is not None:
         x = x * visible[..., None].to(x.dtype)
-    return _convolve(x, weight.to(x.dtype), bias.to(x.dtype))
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    return _Depthwise.apply(x, weight, bias) if computes_on_cpu(x) else _convolve(x, weight, bias)
 
 
 def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, packing: Packing) -> Tensor:
@@ -29,6 +34,47 @@ def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, packing: Packing) 
     x: (B, K, s, s, C). weight: (C, 1, k, k), k odd. bias: (C,). Returns (B, K, s, s, C).
     """
     return _MaskedDepthwise.apply(x, weight.to(x.dtype), bias.to(x.dtype), packing.visible, packing.index)
+
+
+class _Depthwise(torch.autograd.Function):
+    """Convolve; its own gradient, because torch's for the weight is slow on a CPU (docs/performance.md)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return _convolve(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            _convolve(gradient, _turned(weight), None) if need_x else None,
+            _dense_weight_gradient(x, gradient, weight) if need_weight else None,
+            gradient.flatten(0, 2).sum(0) if need_bias else None,
+        )
+
+
+def _turned(weight: Tensor) -> Tensor:
+    """The gradient of a convolution with stride 1 is the convolution with the kernel turned by 180 degrees."""
+    return weight.flip(2, 3)
+
+
+def _dense_weight_gradient(x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+    """Sum, over all cells, of the cell's gradient times each of its k x k neighbours: (C, 1, k, k)."""
+    size, margin = weight.shape[-1], weight.shape[-1] // 2
+    height, width, channels = x.shape[1:]
+    images = max(_PART_BYTES // max(gradient[:1].nbytes, 1), 1)
+    sums = torch.zeros(size, size, channels, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    for maps, gradients in zip(x.split(images), gradient.split(images), strict=True):
+        padded = pad(maps, (0, 0, margin, margin, margin, margin))
+        product = torch.empty_like(maps)
+        for row in range(size):
+            for column in range(size):
+                neighbours = padded[:, row : row + height, column : column + width]
+                sums[row, column] += torch.mul(neighbours, gradients, out=product).flatten(0, 2).sum(0)
+    return sums.permute(2, 0, 1).reshape(weight.shape).to(weight.dtype)  # (k, k, C) -> (C, 1, k, k)
 
 
 class _MaskedDepthwise(torch.autograd.Function):
@@ -49,8 +95,7 @@ class _MaskedDepthwise(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
         x, weight, visible, index = ctx.saved_tensors
         packing = Packing(visible, index)
-        # The gradient of a convolution with stride 1 is the convolution with the kernel turned by 180 degrees.
-        of_x = packing.pack(_convolve(packing.unpack(gradient), weight.flip(2, 3), None))
+        of_x = packing.pack(_convolve(packing.unpack(gradient), _turned(weight), None))
         return of_x, _weight_gradient(x, gradient, weight, packing), gradient.flatten(0, 3).sum(0), None, None
 
 

@@ -70,6 +70,16 @@ class CheckpointFolder:
             shutil.rmtree(path)
 
 
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name, flush it to the disk, and put it in the place of `path` in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.incomplete")
+    write(temporary)
+    _flush(temporary)
+    temporary.replace(path)
+    _flush(path.parent)
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The training state of a checkpoint; tensors and plain values only, no code. Raises UserError if it is damaged."""
     try:

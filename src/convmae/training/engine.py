@@ -13,22 +13,28 @@ from convmae.errors import UserError
 
 
 @dataclass(frozen=True)
-class EngineOptions:
-    """Where and in which precision to train."""
+class DeviceOptions:
+    """Where and in which precision to compute, in one process."""
 
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """auto: bf16 autocast where the device computes it in hardware, else float32."""
+    workers: int | None = None
+    """Processes that load images for each computing process, or 0; by default its share of the cores, at most 8."""
+
+
+@dataclass(frozen=True)
+class EngineOptions(DeviceOptions):
+    """Where and in which precision to train."""
+
     devices: int | Literal["auto"] = "auto"
     """Processes on this machine, one a device; auto: all GPUs, or one CPU process. torchrun and SLURM decide it."""
     num_nodes: int = 1
     """Machines; torchrun and SLURM decide it."""
-    precision: Literal["auto", "bf16", "float32"] = "auto"
-    """auto: bf16 autocast where the device computes it in hardware, else float32."""
-    workers: int | None = None
-    """Processes that load images for each training process, or 0; by default its share of the cores, at most 8."""
 
 
-def start_engine(options: EngineOptions) -> Fabric:
+def start_engine(options: DeviceOptions) -> Fabric:
     """Make and launch a Fabric. Raises UserError if the machine lacks the asked devices."""
     devices, num_nodes = _processes(options)
     if options.accelerator == "cuda" and not torch.cuda.is_available():
@@ -56,7 +62,7 @@ def start_engine(options: EngineOptions) -> Fabric:
     return fabric
 
 
-def loader_workers(options: EngineOptions, fabric: Fabric) -> int:
+def loader_workers(options: DeviceOptions, fabric: Fabric) -> int:
     """How many processes load images for this training process: as stated, else its share of the cores, 1 to 8."""
     if options.workers is not None:
         return options.workers
@@ -64,8 +70,10 @@ def loader_workers(options: EngineOptions, fabric: Fabric) -> int:
     return min(max(cores * _processes(options)[1] // fabric.world_size, 1), 8)
 
 
-def _processes(options: EngineOptions) -> tuple[int | Literal["auto"], int]:
+def _processes(options: DeviceOptions) -> tuple[int | Literal["auto"], int]:
     """Processes a machine, and machines: as torchrun or SLURM has started them, else as the options say."""
+    if not isinstance(options, EngineOptions):
+        return 1, 1
     if "TORCHELASTIC_RUN_ID" in os.environ:
         on_each = int(os.environ["LOCAL_WORLD_SIZE"])
         return on_each, int(os.environ["WORLD_SIZE"]) // on_each
@@ -75,7 +83,7 @@ def _processes(options: EngineOptions) -> tuple[int | Literal["auto"], int]:
     return options.devices, options.num_nodes
 
 
-def _prefers_bf16(options: EngineOptions) -> bool:
+def _prefers_bf16(options: DeviceOptions) -> bool:
     """Whether `auto` means bf16: the device multiplies it in hardware."""
     if options.precision != "auto":
         return False

@@ -31,10 +31,16 @@ class LoggingOptions:
 
     every_steps: int = 20
     """Steps between two log lines; each is the mean since the one before."""
-    pictures_every_epochs: int = 10
-    """Epochs between two reconstruction pictures; 0 draws only the last."""
     wandb: str | None = None
     """Weights & Biases project; none by default."""
+
+
+@dataclass(frozen=True)
+class PictureLoggingOptions(LoggingOptions):
+    """What is written down, and how often."""
+
+    pictures_every_epochs: int = 10
+    """Epochs between two reconstruction pictures; 0 draws only the last."""
 
 
 class RunLog:
@@ -81,12 +87,7 @@ class RunLog:
         """Write the means since the last call: loss, lr, images_per_second, ..."""
         if not self.active:
             return
-        # JSON has no word for a number that is not finite.
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with (self.folder / METRICS_FILE).open("a") as file:
-            file.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
-        for logger in self._loggers:
-            logger.log_metrics(dict(values), step)
+        self._write(step, epoch, values)
         figures = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:.0f} images/s"
         self._progress.update(self._task, figures=figures)
         if not self.console.is_terminal:  # a log file gets lines instead of a bar
@@ -96,6 +97,21 @@ class RunLog:
                 f"epoch {epoch + 1}/{self._epochs}  step {step}/{self._total}  {figures}  {_clock(left)} left",
                 soft_wrap=True,
             )
+
+    def evaluation(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Write and print what was measured after an epoch: top1, top5, ..."""
+        if self.active:
+            self._write(step, epoch, values)
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            self.say(f"epoch {epoch + 1}/{self._epochs}  {figures}")
+
+    def _write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        # JSON has no word for a number that is not finite.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with (self.folder / METRICS_FILE).open("a") as file:
+            file.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
+        for logger in self._loggers:
+            logger.log_metrics(dict(values), step)
 
     def say(self, message: str, style: str | None = None) -> None:
         """Print a line above the bar."""
@@ -119,10 +135,15 @@ class RunLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics file by step; where a resumed run wrote a step again, the later line."""
+    """The lines of a run's metrics file by step, the step's evaluation among its figures.
+
+    Where a resumed run wrote a step again, the later figures.
+    """
     path = folder / METRICS_FILE
     lines = path.read_text().splitlines() if path.exists() else []
-    by_step = {record["step"]: record for record in map(json.loads, lines)}
+    by_step: dict[int, dict[str, float | None]] = {}
+    for record in map(json.loads, lines):
+        by_step[record["step"]] = by_step.get(record["step"], {}) | record
     return [
         {name: math.nan if value is None else value for name, value in by_step[step].items()}
         for step in sorted(by_step)

@@ -56,22 +56,24 @@ def train(
     model: _FabricModule,
     optimizer: _FabricOptimizer,
     schedule: Scheduler,
-    batches: Callable[[int, int], Iterable[Tensor]],
+    batches: Callable[[int, int], Iterable[Any]],
     plan: Plan,
     checkpoints: CheckpointFolder,
     write_model: Callable[[Path], None],
     log: RunLog,
     restored: dict[str, Any] | None = None,
     after_epoch: Callable[[int], None] = lambda epoch: None,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> Position:
     """Train to the end of the plan, from the beginning or from a `restored` training state.
 
     model, optimizer: as Fabric set them up. batches(epoch, first): this process's batches of an epoch from number
-    `first` on, one for each pass. write_model: writes the model's file into a checkpoint folder. after_epoch: called
-    in every process with the number of the epoch that ended.
+    `first` on, one for each pass, in whatever form the model takes. write_model: writes the model's files into a
+    checkpoint folder. after_epoch, after_step: called in every process with the number of the epoch that ended, of
+    steps done.
 
     Raises Interrupted after SIGTERM or Ctrl-C, and UserError after `max_skipped` steps in a row without a finite
-    gradient.
+    gradient, or what `batches` raises; a run of one process then writes a checkpoint first.
     """
     position = Position()
     if restored is not None:
@@ -96,12 +98,18 @@ def train(
             stream = iter(batches(epoch, done * plan.accumulate))
             for _ in range(done, plan.steps_per_epoch):
                 schedule.step_update(position.step)
-                passes = list(itertools.islice(stream, plan.accumulate))
+                try:
+                    passes = list(itertools.islice(stream, plan.accumulate))
+                except UserError:
+                    if position.step and fabric.world_size == 1:
+                        save()
+                    raise
                 loss = _accumulate_gradient(fabric, model, passes)
                 norm = _gradient_norm(model, plan.clip_grad)
                 skipping.step(norm)
                 optimizer.zero_grad()
                 position.step += 1
+                after_step(position.step)
 
                 losses += torch.stack([loss.nan_to_num(0, 0, 0), loss.isfinite()])
                 log.advance(position.step, epoch)
@@ -115,7 +123,7 @@ def train(
                     seconds, steps = time.perf_counter() - clock, position.step - last_logged
                     figures = {
                         "loss": (mean[0] / mean[1]).item(),
-                        "lr": optimizer.param_groups[0]["lr"],
+                        "lr": max(group["lr"] for group in optimizer.param_groups),  # of the last layer
                         "grad_norm": norm.item(),
                         "images_per_second": steps * plan.batch_size / seconds,
                         "skipped_steps": position.skipped,
@@ -134,7 +142,7 @@ def train(
     return position
 
 
-def _accumulate_gradient(fabric: Fabric, model: _FabricModule, passes: list[Tensor]) -> Tensor:
+def _accumulate_gradient(fabric: Fabric, model: _FabricModule, passes: list[Any]) -> Tensor:
     """Forward and backward over the passes of one step; the mean loss, detached."""
     losses = []
     for number, batch in enumerate(passes, start=1):
@@ -156,9 +164,10 @@ def _gradient_norm(model: nn.Module, clip: float | None) -> Tensor:
 
 
 class SkipNotFinite:
-    """Steps the optimiser unless the gradient is infinite or not a number, and counts; all without reading the device.
+    """Steps the optimiser unless the gradient is infinite or not a number, and counts.
 
-    Processes average their gradients before this, so one bad loss anywhere makes the norm bad everywhere: all agree.
+    A fused optimiser decides on the device, without the host reading it; any other waits. Processes average their
+    gradients before this, so one bad loss anywhere makes the norm bad everywhere: all agree.
     """
 
     def __init__(self, optimizer: _FabricOptimizer, device: torch.device) -> None:
@@ -168,9 +177,12 @@ class SkipNotFinite:
     def step(self, norm: Tensor) -> None:
         """One optimiser step, or none if `norm` is not finite."""
         bad = (~norm.isfinite()).float()
-        # The protocol by which torch's gradient scaler tells a fused optimiser to leave everything unchanged.
-        self._optimizer.optimizer.found_inf = bad  # type: ignore[attr-defined]
-        self._optimizer.step()
+        if self._optimizer.defaults.get("fused"):
+            # The protocol by which torch's gradient scaler tells a fused optimiser to leave everything unchanged.
+            self._optimizer.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self._optimizer.step()
+        elif not bad.item():
+            self._optimizer.step()
         self._counts += bad
         self._counts[1] *= bad
 

@@ -1,0 +1,96 @@
+"""`convmae embed`: a file with the features of every image, computed once, for whatever comes after."""
+
+import hashlib
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from convmae.commands.inference import OrderedBatches, checked_output, load_trained, open_pictures, report_damaged
+from convmae.errors import UserError
+from convmae.evaluation.feature_files import SUFFIXES, FeatureParts, check_names
+from convmae.evaluation.features import extract_features
+from convmae.training.engine import DeviceOptions
+from convmae.training.loop import Interrupted
+
+_STAGES = {"pooled": None, "stage1": 1, "stage2": 2, "stage3": 3}
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What `embed` wrote."""
+
+    output: Path
+    shape: tuple[int, ...]
+    """Of the features: images first."""
+    damaged: list[str]
+    """Name and reason of each image that was left out."""
+
+
+def embed(
+    data: str,
+    output: Path,
+    weights: Path,
+    stage: Literal["pooled", "stage1", "stage2", "stage3"] = "pooled",
+    image_size: int | None = None,
+    batch_size: int = 64,
+    skip_damaged: bool = False,
+    overwrite: bool = False,
+    engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
+) -> Embedding:
+    """Write the features of all images of a folder, with their paths, to one Parquet or safetensors file.
+
+    What is done is kept in OUTPUT.parts beside the output until the end: after an interruption the same command goes
+    on where it stood.
+
+    Args:
+        data: a folder of images at any depth, hfds/NAME, or demo.
+        output: the file; its name ends in .parquet or .safetensors.
+        weights: a run's folder, a checkpoint or a weights file, ours or published.
+        stage: pooled, one vector an image; or a map, stage1, stage2 or stage3, at 1/4, 1/8 or 1/16 of the image's size.
+        image_size: side of the centre crop that the model sees, a multiple of 16; by default that of the weights.
+        batch_size: images at a time.
+        skip_damaged: leave out and list images that cannot be decoded instead of stopping.
+        overwrite: replace the output if it exists.
+        engine: device and precision.
+
+    Raises UserError for input that cannot work, and Interrupted after Ctrl-C; neither loses what was computed.
+    """
+    output = checked_output(output, SUFFIXES)
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists: replace it with --overwrite, or choose another --output")
+    pictures = open_pictures(data)
+    names = [pictures.picture_name(index) for index in range(len(pictures))]
+    check_names(output, names)
+    model = load_trained(weights, image_size, engine)
+    size = "x".join(map(str, model.image_size))
+    digest = model.digest()
+    run = {
+        "data": str(data),
+        "number of images": len(names),
+        "names of images": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        "weights": digest,
+        "stage": stage,
+        "image size": size,
+        "precision": model.fabric._precision.precision,
+    }
+    parts = FeatureParts(output.with_name(f"{output.name}.parts"), run)
+    console = Console(stderr=True, highlight=False)
+    if parts.position:
+        console.print(f"going on at image {parts.position} of {len(names)}", soft_wrap=True)
+    batches = OrderedBatches(model, pictures, batch_size, skip_damaged, "embedding", parts.position)
+    try:
+        for features, batch in extract_features(model.fabric, model.network, batches, _STAGES[stage]):
+            parts.add(features, batch["indices"], batch["position"], batch["failed"])
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped: the same command goes on with what {output}.parts holds", signal.SIGINT) from None
+    finally:
+        parts.flush()
+    facts = {"stage": stage, "weights": str(weights), "weights_sha256": digest, "image_size": size, "data": str(data)}
+    shape = parts.join(output, names, facts)
+    damaged = parts.damaged + batches.damaged
+    report_damaged(damaged)
+    Console().print(f"features {' x '.join(map(str, shape))} of {shape[0]} images: {output}", soft_wrap=True)
+    return Embedding(output, shape, damaged)

@@ -1,0 +1,160 @@
+"""Trained models put to use on images: what `embed`, `neighbours`, `predict` and `visualise` share.
+
+Images are seen as in validation, in order: the shorter side resized, a centre crop, damaged files named.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from convmae import weights as weights_files
+from convmae.data.augmentation import EvaluationImages, build_evaluation_loader
+from convmae.data.demo import demo_photographs
+from convmae.data.sources import EXTENSIONS, ImageCollection, open_files, open_images
+from convmae.errors import UserError
+from convmae.models.classifier import Classifier
+from convmae.models.encoder import grid_of
+from convmae.models.registry import load_classifier
+from convmae.training.engine import DeviceOptions, loader_workers, start_engine
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A frozen model on its device."""
+
+    network: Classifier
+    fabric: Fabric
+    file: Path
+    """Where its weights came from."""
+    workers: int
+    """Processes that load images for it."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that it is given, in pixels."""
+        height, width = self.network.settings["image_size"]
+        return height, width
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images that it is given."""
+        return self.network.settings["in_channels"]
+
+    def digest(self) -> str:
+        """SHA-256 of the weights file: two models that agree in it give the same features."""
+        with self.file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_trained(weights: Path, image_size: int | tuple[int, int] | None, engine: DeviceOptions) -> TrainedModel:
+    """The model of any weights file, frozen, on the device that `engine` names; see `load_classifier`.
+
+    image_size: side of the square images it will be given, or height and width; by default those of the weights.
+    """
+    settings: dict[str, Any] = {"global_pool": "avg"}  # pooled features exist, whatever the weights were saved without
+    if image_size is not None:
+        settings["image_size"] = (image_size, image_size) if isinstance(image_size, int) else image_size
+        grid_of(settings["image_size"])
+    file = weights_files.locate(Path(weights))  # Python callers may pass a string
+    network = load_classifier(file, **settings)
+    fabric = start_engine(engine)
+    network.to(fabric.device).eval().requires_grad_(False)
+    return TrainedModel(network, fabric, file, loader_workers(engine, fabric))
+
+
+def open_pictures(images: str | Path) -> ImageCollection:
+    """An image, a folder of images at any depth, `hfds/NAME`, or the `demo` photographs.
+
+    Files are called by their paths. Raises UserError where there is nothing to read, and for streams, which have no
+    order.
+    """
+    path = Path(images)
+    if path.is_file():
+        if path.suffix.lower() not in EXTENSIONS:
+            raise UserError(f"{images} is no image: accepted are {' '.join(EXTENSIONS)}, or a folder of them")
+        return open_files(str(images), [str(images)])
+    if str(images) == "demo":
+        return open_files("demo", [str(photograph) for photograph in demo_photographs()])
+    source = open_images(images)
+    if not isinstance(source, ImageCollection):
+        raise UserError(f"{images} is a stream, whose images come in no order: give a folder of images or hfds/NAME")
+    if not path.is_dir():
+        return source
+    return open_files(str(images), [str(path / source.picture_name(index)) for index in range(len(source))])
+
+
+class OrderedBatches:
+    """The batches of a collection in order from image number `first` on, with a progress bar on the terminal.
+
+    Batches are those of `build_evaluation_loader`, and "position" is the number of the image that follows. One in
+    which every image is damaged is passed over; its "failed" come with the next batch, and all are in `damaged`.
+    """
+
+    def __init__(
+        self,
+        model: TrainedModel,
+        pictures: ImageCollection,
+        batch_size: int,
+        skip_damaged: bool,
+        description: str,
+        first: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: it must be at least 1")
+        self.damaged: list[str] = []
+        self._description, self._first, self._batch_size, self._total = description, first, batch_size, len(pictures)
+        self._loader = build_evaluation_loader(
+            EvaluationImages(pictures, model.image_size, model.in_channels, skip_damaged),
+            batch_size,
+            model.workers if self._total - first > batch_size else 0,  # for one batch a process is not worth starting
+            pin_memory=model.fabric.device.type == "cuda",
+            first=first,
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields {"images": uint8 (B, C, H, W), "indices": (B,), "failed": list, "position": int}."""
+        position, reported = self._first, 0
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task(self._description, total=self._total, completed=position)
+            for batch in self._loader:
+                position = min(position + self._batch_size, self._total)
+                self.damaged += batch["failed"]
+                if len(batch["images"]):
+                    yield {**batch, "failed": self.damaged[reported:], "position": position}
+                    reported = len(self.damaged)
+                progress.update(bar, completed=position)
+
+
+def checked_output(output: Path, suffixes: Sequence[str]) -> Path:
+    """The path, when a file of that kind can be written there. Raises UserError otherwise, before the work begins."""
+    output = Path(output)  # Python callers may pass a string
+    if output.suffix.lower() not in suffixes:
+        raise UserError(f"{output} has no known format: choose a name that ends in {' or '.join(suffixes)}")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder: choose the name of a file")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise UserError(f"{output.parent} cannot be written to, choose another --output: {error.strerror}") from error
+    return output
+
+
+def report_damaged(damaged: Sequence[str]) -> None:
+    """List the images that were left out, each with its reason, on the terminal's error stream."""
+    if damaged:
+        console = Console(stderr=True, highlight=False)
+        console.print(f"damaged images that were left out: {len(damaged)}", style="bold red")
+        for failure in damaged:
+            console.print(failure, markup=False, soft_wrap=True)

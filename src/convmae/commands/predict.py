@@ -1,0 +1,109 @@
+"""`convmae predict`: the classes of images by a fine-tuned classifier."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from convmae.commands.inference import OrderedBatches, checked_output, load_trained, open_pictures, report_damaged
+from convmae.errors import UserError
+from convmae.training.checkpoint import replace_file
+from convmae.training.engine import DeviceOptions
+
+_SHOWN, _SHOWN_CLASSES = 20, 3  # images in the table on the terminal, and classes of each
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image, the most probable first."""
+
+    path: str
+    classes: tuple[str, ...]
+    """Names, or numbers where the weights file records no names."""
+    probabilities: tuple[float, ...]
+
+
+@torch.inference_mode()
+def predict(
+    images: str,
+    weights: Path,
+    output: Path | None = None,
+    top: int = 5,
+    image_size: int | None = None,
+    batch_size: int = 64,
+    skip_damaged: bool = False,
+    engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
+) -> list[Prediction]:
+    """Tell the most probable classes of images.
+
+    Args:
+        images: an image, a folder of images at any depth, hfds/NAME, or demo.
+        weights: a fine-tuning run's folder, or a classifier's weights file.
+        output: a CSV file with a row for each image: path, class_1, probability_1, class_2, ...
+        top: classes to name for each image; the terminal shows three.
+        image_size: side of the centre crop that the model sees, a multiple of 16; by default that of the weights.
+        batch_size: images at a time.
+        skip_damaged: leave out and list images that cannot be decoded instead of stopping.
+        engine: device and precision.
+
+    Raises UserError for weights without a classification head and for unreadable images.
+    """
+    if top < 1:
+        raise UserError(f"top is {top}: it must be at least 1")
+    if output is not None:
+        output = checked_output(output, (".csv",))
+    pictures = open_pictures(images)
+    model = load_trained(weights, image_size, engine)
+    network = model.network
+    if not network.num_classes:
+        raise UserError(f"{weights} has no classification head: fine-tune first, with convmae finetune")
+    classes = network.classes or [str(number) for number in range(network.num_classes)]
+    batches = OrderedBatches(model, pictures, batch_size, skip_damaged, "predicting")
+    predictions = []
+    for batch in batches:
+        with model.fabric.autocast():
+            logits = network(batch["images"].to(model.fabric.device, non_blocking=True))
+        found = logits.float().softmax(dim=1).topk(min(top, len(classes)), dim=1)
+        for index, probabilities, numbers in zip(
+            batch["indices"].tolist(), *map(torch.Tensor.tolist, found), strict=True
+        ):
+            names = tuple(classes[number] for number in numbers)
+            predictions.append(Prediction(pictures.picture_name(index), names, tuple(probabilities)))
+    report_damaged(batches.damaged)
+    if not predictions:
+        raise UserError(f"none of the images of {images} can be decoded: check the files")
+    _show(predictions)
+    if output is not None:
+        replace_file(output, lambda path: _write(path, predictions))
+        Console().print(f"{len(predictions)} predictions: {output}", soft_wrap=True)
+    return predictions
+
+
+def _show(predictions: Sequence[Prediction]) -> None:
+    several = len(predictions[0].classes) > 1
+    table = Table("image", "class", "probability", *(["then"] if several else []))
+    table.columns[0].overflow = "fold"
+    for one in predictions[:_SHOWN]:
+        first, *others = (
+            (name, f"{probability:.1%}") for name, probability in zip(one.classes, one.probabilities, strict=True)
+        )
+        then = ", ".join(f"{name} {probability}" for name, probability in others[: _SHOWN_CLASSES - 1])
+        table.add_row(*map(Text, (one.path, *first, *([then] if several else []))))
+    Console().print(table)
+    if len(predictions) > _SHOWN:
+        Console().print(f"and {len(predictions) - _SHOWN} more")
+
+
+def _write(path: Path, predictions: Sequence[Prediction]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        ranks = range(1, len(predictions[0].classes) + 1)
+        rows.writerow(["path", *(f"{column}_{rank}" for rank in ranks for column in ("class", "probability"))])
+        for one in predictions:
+            pairs = zip(one.classes, one.probabilities, strict=True)
+            rows.writerow([one.path, *(value for pair in pairs for value in pair)])

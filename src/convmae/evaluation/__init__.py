@@ -1,0 +1,1 @@
+"""What features are worth: accuracy, nearest neighbours, linear probes; knows no data set and no command."""

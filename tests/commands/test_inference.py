@@ -1,0 +1,82 @@
+"""What embed, neighbours, predict and visualise share."""
+
+import shutil
+
+import pytest
+
+import convmae
+from convmae.commands.inference import OrderedBatches, checked_output, load_trained, open_pictures
+from convmae.data.sources import ImageStream
+from convmae.training.engine import DeviceOptions
+
+CPU = DeviceOptions("cpu", "float32", 0)
+
+
+def test_files_are_called_by_paths_that_open(photographs):
+    pictures = open_pictures(str(photographs))
+    names = [pictures.picture_name(index) for index in range(len(pictures))]
+    assert sorted(names) == sorted(map(str, photographs.rglob("*.png")))
+    for index, name in enumerate(names):
+        with pictures.open(index) as file, open(name, "rb") as expected:  # noqa: PTH123
+            assert file.read() == expected.read()
+
+
+def test_one_image_and_the_demo_are_collections_too(photographs):
+    one = next(photographs.rglob("*.png"))
+    assert [open_pictures(one).picture_name(0)] == [str(one)]
+    demo = open_pictures("demo")
+    assert len({demo.picture_name(index) for index in range(len(demo))}) == len(demo) == 16
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").touch()
+    for images, message in (
+        (tmp_path / "nothing", "does not exist"),
+        (tmp_path / "empty", "is empty"),
+        (tmp_path / "text", "holds no images"),
+        (tmp_path / "text" / "a.txt", "is no image: accepted are .png"),
+    ):
+        with pytest.raises(convmae.UserError, match=message):
+            open_pictures(str(images))
+    monkeypatch.setattr("convmae.commands.inference.open_images", lambda data: ImageStream(data, None, 1))
+    with pytest.raises(convmae.UserError, match="is a stream"):
+        open_pictures("wds/shards-0.tar")
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for output, message in (
+        (tmp_path / "a.txt", "ends in .png or .jpg"),
+        (tmp_path / "file" / "a.png", "cannot be written to"),
+        (tmp_path / "folder.png", "is a folder"),
+    ):
+        with pytest.raises(convmae.UserError, match=message) as error:
+            checked_output(output, (".png", ".jpg"))
+        assert "\n" not in str(error.value)
+    assert checked_output(str(tmp_path / "new" / "A.PNG"), (".png",)).parent.is_dir()
+
+
+def test_batches_know_where_they_stand_and_what_was_damaged(photographs, autoencoder_file, tmp_path):
+    model = load_trained(autoencoder_file, None, CPU)
+    shutil.copytree(photographs, tmp_path / "images")
+    pictures = open_pictures(str(tmp_path / "images"))
+    for index in (1, 4, 5, 8, 9):
+        (tmp_path / pictures.picture_name(index)).write_bytes(b"no picture")
+    batches = OrderedBatches(model, pictures, 2, True, "test", first=2)
+    seen = [(b["indices"].tolist(), b["position"], len(b["failed"])) for b in batches]
+    assert seen == [([2, 3], 4, 0), ([6, 7], 8, 2)]  # the last batch has no image that could be decoded
+    assert [failure.partition(":")[0] for failure in batches.damaged] == [
+        pictures.picture_name(index) for index in (4, 5, 8, 9)
+    ]
+
+
+def test_impossible_settings_are_one_line(photographs, autoencoder_file, tmp_path):
+    with pytest.raises(convmae.UserError, match="not divisible by 16"):
+        load_trained(autoencoder_file, 40, CPU)
+    with pytest.raises(convmae.UserError, match="no weights at"):
+        load_trained(tmp_path / "nothing", None, CPU)
+    with pytest.raises(convmae.UserError, match="at least 1"):
+        OrderedBatches(load_trained(autoencoder_file, None, CPU), open_pictures("demo"), 0, False, "test")
