@@ -12,6 +12,7 @@ from convmae.models.registry import create_autoencoder, create_classifier, load,
 if TYPE_CHECKING:
     from convmae.commands.bench import bench
     from convmae.commands.embed import embed
+    from convmae.commands.export import export
     from convmae.commands.finetune import finetune
     from convmae.commands.info import info
     from convmae.commands.neighbours import neighbours
@@ -30,6 +31,7 @@ __all__ = [
     "create_autoencoder",
     "create_classifier",
     "embed",
+    "export",
     "finetune",
     "info",
     "load",
@@ -45,6 +47,7 @@ __all__ = [
 _COMMANDS = (
     "bench",
     "embed",
+    "export",
     "finetune",
     "info",
     "neighbours",

@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 
 from convmae.commands.bench import bench
 from convmae.commands.embed import embed
+from convmae.commands.export import export
 from convmae.commands.finetune import finetune
 from convmae.commands.info import info
 from convmae.commands.neighbours import neighbours
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Any] = {
     "embed": embed,
     "neighbours": neighbours,
     "visualise": visualise,
+    "export": export,
     "info": info,
     "bench": bench,
 }
