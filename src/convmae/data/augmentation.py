@@ -22,6 +22,7 @@ from convmae.data.images import (
     UndecodableImageError,
     collate,
     open_upright,
+    pillow_mode,
     undecodable_if_damaged,
 )
 from convmae.data.sampler import ResumableSampler, seeded
@@ -92,10 +93,13 @@ class LabelledTrainingImages(Dataset):
         seed: int = 0,
         skip_damaged: bool = False,
     ) -> None:
+        pillow_mode(in_channels)  # refuses what no picture has before the run begins
         if in_channels == 4 and options.auto_augment:
             raise UserError("augmentation policies know no transparency: pass --augmentation.auto_augment null")
         if not 0 < options.crop_scale[0] <= options.crop_scale[1] <= 1:
             raise UserError(f"crop_scale {options.crop_scale} is no range of shares: choose 0 < low <= high <= 1")
+        if options.color_jitter < 0 or not 0 <= options.flip <= 1:
+            raise UserError("color_jitter and flip cannot be below 0, nor flip above 1: choose others")
         self.source, self.in_channels, self.seed, self.skip_damaged = source, in_channels, seed, skip_damaged
         try:
             self._transform = create_transform(
@@ -143,6 +147,7 @@ class EvaluationImages(Dataset):
     def __init__(
         self, source: ImageCollection, image_size: tuple[int, int], in_channels: int = 3, skip_damaged: bool = False
     ) -> None:
+        pillow_mode(in_channels)
         self.source, self.in_channels, self.skip_damaged = source, in_channels, skip_damaged
         self._transform: Callable[[Image.Image], Tensor] = create_transform(
             (3, *image_size), crop_pct=_CROP_SHARE, interpolation="bicubic", normalize=False

@@ -43,7 +43,7 @@ class RandomCrop:
         self, image_size: tuple[int, int], in_channels: int = 3, scale: tuple[float, float] = (0.2, 1.0)
     ) -> None:
         """image_size: (H, W) of the crops; in_channels: 1 grey, 3 RGB, 4 RGBA; scale: share of the area."""
-        self._mode = _mode(in_channels)
+        self._mode = pillow_mode(in_channels)
         if min(image_size) < 1 or not 0 < scale[0] <= scale[1] <= 1:
             raise UserError(f"a crop needs a positive size and 0 < scale <= 1: not {image_size} and {scale}")
         height, width = image_size
@@ -85,7 +85,7 @@ def _decode_crop(
 def open_upright(file: BinaryIO, in_channels: int = 3) -> Image.Image:
     """A whole encoded picture, upright, 1 grey, 3 RGB or 4 RGBA; raises whatever Pillow raises on damaged files."""
     with Image.open(file) as image:
-        return _converted(ImageOps.exif_transpose(image), _mode(in_channels))
+        return _converted(ImageOps.exif_transpose(image), pillow_mode(in_channels))
 
 
 def decode_image(file: BinaryIO, in_channels: int = 3) -> Tensor:
@@ -93,7 +93,8 @@ def decode_image(file: BinaryIO, in_channels: int = 3) -> Tensor:
     return functional.pil_to_tensor(open_upright(file, in_channels))
 
 
-def _mode(in_channels: int) -> str:
+def pillow_mode(in_channels: int) -> str:
+    """Pillow's name for pictures of so many channels; raises UserError where it has none."""
     if in_channels not in _MODES:
         raise UserError(f"images have 1 (grey), 3 (RGB) or 4 (RGBA) channels: in_channels cannot be {in_channels}")
     return _MODES[in_channels]

@@ -114,8 +114,7 @@ def _open_hugging_face(data: str, name: str, split: str) -> ImageCollection:
     except UserError:
         raise
     except Exception as error:  # no such data set or split, no network: `datasets` has a type for each
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{data}, split {split}, cannot be opened, check both: {reason}") from error
+        raise _unopened(data, split, error) from error
     return ImageCollection(f"{data} ({split})", reader, "row {}".format, features[label].names)
 
 
@@ -141,9 +140,14 @@ def _open_torchvision(data: str, split: str) -> ImageCollection:
     try:
         dataset = create_dataset(data, root=str(root), split=_called(split)[0], download=True)
     except (AssertionError, OSError, RuntimeError) as error:  # unknown, no network, damaged download
-        raise UserError(f"{data}, split {split}, cannot be opened, check both: {error}") from error
+        raise _unopened(data, split, error) from error
     classes = [str(name) for name in getattr(dataset, "classes", [])]
     return ImageCollection(f"{data} ({split})", _TorchvisionReader(dataset), "picture {}".format, classes)
+
+
+def _unopened(data: str, split: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"{data}, split {split}, cannot be opened, check both: {reason}")
 
 
 def _called(split: str) -> tuple[str, ...]:

@@ -1,0 +1,418 @@
+"""Augmented and plain batches of labelled pictures, against Pillow, torchvision and torch's own losses."""
+
+import random
+from dataclasses import replace
+from functools import partial
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import cross_entropy
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+from torchvision.transforms.functional import pil_to_tensor
+
+from convmae.data.augmentation import (
+    NO_AUGMENTATION,
+    AugmentationOptions,
+    BatchAugmentation,
+    EvaluationImages,
+    LabelledTrainingImages,
+    build_evaluation_loader,
+    build_training_loader,
+)
+from convmae.data.labelled import open_labelled_images
+from convmae.errors import UserError
+
+WHOLE = replace(NO_AUGMENTATION, crop_scale=(1.0, 1.0), flip=0.0)  # a square picture as it is, resized
+
+
+def plain(value):
+    """A grey picture that its value tells from others."""
+    return Image.new("RGB", (20, 16), (value, value, value))
+
+
+def photograph(width, height, mode="RGB"):
+    """A smooth coloured picture with no symmetry."""
+    shape = (6, 8, len(mode)) if len(mode) > 1 else (6, 8)
+    pixels = numpy.random.default_rng(width).integers(0, 256, shape, dtype=numpy.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def source_of(folder, pictures):
+    """The pictures (or bytes) in order, image number i in the class i // 5 of at least two."""
+    for number, picture in enumerate(pictures):
+        path = folder / "train" / "abcd"[number // 5] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture) if isinstance(picture, bytes) else picture.save(path)
+    if len(pictures) <= 5:
+        (folder / "train" / "z").mkdir()
+        plain(0).save(folder / "train" / "z" / "z.png")
+    return open_labelled_images(folder, "train")
+
+
+def training_images(source, options=NO_AUGMENTATION, size=(8, 8), in_channels=3, **others):
+    return LabelledTrainingImages(source, size, in_channels, options, **others)
+
+
+def epoch_of(batches, epoch=0, batch=0):
+    batches.set_position(epoch, batch)
+    result = list(batches)
+    assert len(result) == len(batches)
+    return result
+
+
+def values(batch):
+    """The batch's grey values, each of a plain picture."""
+    assert (batch["images"] == batch["images"][:, :1, :1, :1]).all()
+    return batch["images"][:, 0, 0, 0].tolist()
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        torch.equal(a["images"], b["images"]) and torch.equal(a["labels"], b["labels"])
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def random_states():
+    return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    return source_of(tmp_path, [photograph(24 + number, 20) for number in range(8)])
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """Fourteen plain pictures, number i of the value 10 i in the class i // 5."""
+    return source_of(tmp_path, [plain(10 * number) for number in range(14)])
+
+
+# Training images
+
+
+def test_a_sample_depends_on_its_key_and_seed_only(photographs):
+    dataset = training_images(photographs, AugmentationOptions(), seed=1)
+    states = random_states()
+    image = dataset[2, 3]["image"]
+    assert random_states() == states
+    assert (image.dtype, image.shape) == (torch.uint8, (3, 8, 8))
+    for number in range(3):
+        random.seed(number)
+        numpy.random.seed(number)
+        torch.manual_seed(number)
+        dataset[number, 7 - number]
+        again = training_images(photographs, AugmentationOptions(), seed=1)
+        assert torch.equal(dataset[2, 3]["image"], image)
+        assert torch.equal(again[2, 3]["image"], image)
+    others = [dataset[1, 3], dataset[2, 11], training_images(photographs, AugmentationOptions(), seed=2)[2, 3]]
+    assert not any(torch.equal(other["image"], image) for other in others)
+    assert dataset[2, 11]["label"] == dataset[2, 3]["label"] == 0
+
+
+def test_workers_do_not_change_the_batches(photographs):
+    dataset = training_images(photographs, AugmentationOptions(), seed=3)
+    without, with_workers = (build_training_loader(dataset, 4, num_workers=number) for number in (0, 2))
+    epochs = [epoch_of(without, epoch) for epoch in (0, 1)]
+    assert not same(*epochs)
+    for epoch in (1, 0):
+        assert same(epoch_of(with_workers, epoch), epochs[epoch])
+
+
+def test_policies_and_jitter_vary_colours_and_no_augmentation_does_not(tmp_path):
+    colour = (200, 90, 30)
+    source = source_of(tmp_path, [Image.new("RGB", (30, 20), colour)] * 2)
+    for options, varies in (
+        (AugmentationOptions(), True),
+        (replace(NO_AUGMENTATION, color_jitter=0.4), True),
+        (NO_AUGMENTATION, False),
+    ):
+        dataset = training_images(source, options)
+        means = torch.stack([dataset[epoch, 0]["image"].float().mean((1, 2)) for epoch in range(12)])
+        assert ((means - torch.tensor(colour)).abs().amax() > 10) == varies
+
+
+def test_no_augmentation_crops_and_flips(tmp_path):
+    slope = Image.fromarray(numpy.tile(numpy.arange(0, 240, 4, dtype=numpy.uint8), (60, 1))).convert("RGB")
+    dataset = training_images(source_of(tmp_path, [slope]), NO_AUGMENTATION)
+    images = torch.stack([dataset[epoch, 0]["image"] for epoch in range(40)]).int()
+    assert (images == images[:, :1, :1]).all()
+    steps = images[:, 0, 0].diff(dim=1)
+    rising, falling = (steps >= 0).all(dim=1), (steps <= 0).all(dim=1)
+    assert (rising ^ falling).all()
+    assert 8 < rising.sum() < 32
+    widths = (images.amax((1, 2, 3)) - images.amin((1, 2, 3))) / 240
+    assert widths.min() < 0.5 < 0.7 < widths.max()
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_a_whole_crop_is_pillows_bicubic_resizing(tmp_path, flip):
+    picture = photograph(40, 40)
+    sample = training_images(source_of(tmp_path, [picture]), replace(WHOLE, flip=flip))[0, 0]
+    expected = pil_to_tensor(picture.resize((8, 8), Image.Resampling.BICUBIC))
+    assert torch.equal(sample["image"], expected.flip(2) if flip else expected)
+
+
+def test_grey_and_transparent_training_images(tmp_path):
+    picture = photograph(40, 40, "RGBA")
+    source = source_of(tmp_path, [picture])
+    small = partial(Image.Image.resize, size=(8, 8), resample=Image.Resampling.BICUBIC)
+    grey = training_images(source, WHOLE, in_channels=1)[0, 0]["image"]
+    assert grey.shape == (1, 8, 8)
+    expected = pil_to_tensor(small(picture.convert("RGB")).convert("L"))
+    assert (grey.int() - expected.int()).abs().max() <= 1
+    transparent = training_images(source, WHOLE, in_channels=4)[0, 0]["image"]
+    assert torch.equal(transparent, pil_to_tensor(small(picture)))
+    varied = training_images(source, AugmentationOptions(), in_channels=1)
+    assert {varied[epoch, 0]["image"].shape for epoch in range(8)} == {(1, 8, 8)}
+
+
+def test_impossible_options_are_refused(photographs):
+    usual = AugmentationOptions()
+    for scale in ((0.0, 1.0), (0.5, 0.4), (0.5, 1.1)):
+        with pytest.raises(UserError, match=r"crop_scale .* is no range of shares"):
+            training_images(photographs, replace(usual, crop_scale=scale))
+    for policy in ("nonsense", "rand-m9.5", "rand-m9-z3"):
+        with pytest.raises(UserError, match=f"unknown policy auto_augment '{policy}'"):
+            training_images(photographs, replace(usual, auto_augment=policy))
+    with pytest.raises(UserError, match=r"--augmentation\.auto_augment null"):
+        training_images(photographs, usual, in_channels=4)
+    with pytest.raises(UserError, match="in_channels cannot be 2"):
+        training_images(photographs, in_channels=2)
+    with pytest.raises(UserError, match="in_channels cannot be 2"):
+        EvaluationImages(photographs, (8, 8), in_channels=2)
+    for others in ({"color_jitter": -0.1}, {"flip": 1.5}):
+        with pytest.raises(UserError, match="color_jitter and flip"):
+            training_images(photographs, replace(NO_AUGMENTATION, **others))
+    for shares in ({"label_smoothing": -0.1}, {"label_smoothing": 1.0}, {"random_erasing": 1.5}):
+        with pytest.raises(UserError, match="label_smoothing and random_erasing are shares"):
+            BatchAugmentation(replace(usual, **shares), 3, torch.device("cpu"))
+
+
+# Evaluation images
+
+
+@pytest.mark.parametrize(("mode", "in_channels"), [("L", 1), ("RGB", 3), ("RGBA", 4)])
+@pytest.mark.parametrize(("size", "resized"), [(28, 32), (32, 36), (56, 64)])  # 256 / 224 of the size, rounded down
+def test_centre_crops_are_torchvisions(tmp_path, mode, in_channels, size, resized):
+    pictures = [photograph(70, 90, mode), photograph(301, 40, mode), photograph(17, 11, mode)]
+    dataset = EvaluationImages(source_of(tmp_path, pictures), (size, size), in_channels)
+    for index, picture in enumerate(pictures):
+        wanted = CenterCrop(size)(Resize(resized, InterpolationMode.BICUBIC)(picture))
+        sample = dataset[index]
+        assert torch.equal(sample["image"], pil_to_tensor(wanted))
+        assert (sample["label"], sample["index"], sample["failed"]) == (0, index, [])
+
+
+def test_centre_crops_of_oblong_size_keep_the_proportions(tmp_path):
+    pictures = [photograph(144, 96), photograph(96, 144)]
+    dataset = EvaluationImages(source_of(tmp_path, pictures), (28, 56))
+    # The least scale at which the picture covers 32 x 64.
+    for index, (width, height) in enumerate([(64, 43), (64, 96)]):
+        top = round((height - 28) / 2)
+        expected = pictures[index].resize((width, height), Image.Resampling.BICUBIC).crop((4, top, 60, top + 28))
+        assert torch.equal(dataset[index]["image"], pil_to_tensor(expected))
+
+
+# Batches on the device
+
+
+@pytest.fixture
+def logits():
+    return torch.randn(6, 4)
+
+
+LABELS = torch.tensor([0, 1, 3, 3, 2, 0])
+STEPS = torch.tensor([-1.0, 0.5, 2.0, 4.0])  # what the images of each class consist of
+
+
+def batch_augmentation(**options):
+    return BatchAugmentation(replace(NO_AUGMENTATION, **options), 4, torch.device("cpu"))
+
+
+def uniform_images(size=16):
+    return STEPS[LABELS].view(6, 1, 1, 1).expand(6, 3, size, size).clone()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_label_smoothing_is_that_of_torchs_cross_entropy(logits, smoothing):
+    images, targets = batch_augmentation(label_smoothing=smoothing)(uniform_images(), LABELS, 0)
+    assert torch.equal(images, uniform_images())
+    expected = cross_entropy(logits, LABELS, label_smoothing=smoothing)
+    torch.testing.assert_close(cross_entropy(logits, targets), expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_targets_are_mixed_as_the_pixels_are(mixup, cutmix, smoothing):
+    vary = batch_augmentation(mixup=mixup, cutmix=cutmix, label_smoothing=smoothing)
+    kinds, shares = set(), []
+    for seed in range(12):
+        images, targets = vary(uniform_images(), LABELS, 7, seed)
+        torch.testing.assert_close(targets.sum(dim=1), torch.ones(6))
+        means = images.mean(dim=(1, 2, 3))
+        torch.testing.assert_close(targets @ STEPS, (1 - smoothing) * means + smoothing * STEPS.mean())
+        shares.append(targets[1, 1].item())
+        is_blend = (images == images[:, :, :1, :1]).all().item()
+        if not is_blend:  # a rectangle of another image
+            assert all(value in STEPS for value in images.unique())
+        kinds.add("blend" if is_blend else "paste")
+    assert kinds == {"blend"} if not cutmix else {"paste"} <= kinds
+    if mixup and cutmix:
+        assert kinds == {"blend", "paste"}
+    assert len(set(shares)) > 6
+
+
+def test_a_batch_depends_on_its_seeds_only():
+    vary = batch_augmentation(mixup=0.8, cutmix=1.0, random_erasing=0.5)
+    states = random_states()
+    first = vary(uniform_images(), LABELS, 1, 2, 3)
+    assert random_states() == states
+    random.seed(9)
+    numpy.random.seed(9)
+    torch.manual_seed(9)
+    again = vary(uniform_images(), LABELS, 1, 2, 3)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for seeds in ((1, 2, 4), (1, 3, 3), (2, 2, 3)):
+        assert not torch.equal(vary(uniform_images(), LABELS, *seeds)[0], first[0])
+
+
+@pytest.mark.parametrize(("probability", "least", "most"), [(0.0, 0, 0), (0.25, 30, 70), (1.0, 200, 200)])
+def test_random_erasing_replaces_a_rectangle_by_noise(probability, least, most):
+    images, _ = batch_augmentation(random_erasing=probability)(
+        torch.zeros(200, 2, 16, 16), torch.zeros(200, dtype=torch.int64), 0
+    )
+    erased = images != 0
+    assert least <= erased.any(dim=3).any(dim=2).any(dim=1).sum() <= most
+    for image in erased[erased.flatten(1).any(dim=1)]:
+        assert torch.equal(image[0], image[1])
+        rows, columns = image[0].any(dim=1), image[0].any(dim=0)
+        assert torch.equal(image[0], rows[:, None] & columns)
+        assert image[0].float().mean() < 0.4  # a third, rounded to whole rows and columns
+    if probability:
+        torch.testing.assert_close(images[erased].std(), torch.tensor(1.0), atol=0.05, rtol=0)
+
+
+# Loaders
+
+
+def test_training_batches_hold_each_image_once_with_its_label(numbered):
+    batches = build_training_loader(training_images(numbered), batch_size=2)
+    orders = []
+    for epoch in (0, 1):
+        whole = epoch_of(batches, epoch)
+        orders.append([value for batch in whole for value in values(batch)])
+        assert sorted(orders[-1]) == [10 * number for number in range(14)]
+        labels = [label for batch in whole for label in batch["labels"].tolist()]
+        assert labels == [value // 50 for value in orders[-1]]
+    assert orders[0] != orders[1]
+    whole = epoch_of(build_training_loader(training_images(numbered), batch_size=4))
+    assert [len(set(values(batch))) for batch in whole] == [4, 4, 4]
+    assert len({value for batch in whole for value in values(batch)}) == 12
+
+
+def test_ranks_share_the_training_images(numbered):
+    seen = []
+    for rank in (0, 1, 2):
+        batches = build_training_loader(training_images(numbered), batch_size=2, num_replicas=3, rank=rank)
+        seen.extend(value for batch in epoch_of(batches) for value in values(batch))
+    assert len(seen) == len(set(seen)) == 12
+
+
+def test_training_goes_on_within_an_epoch(photographs):
+    batches = build_training_loader(training_images(photographs, AugmentationOptions()), batch_size=2)
+    whole = epoch_of(batches, epoch=1)
+    fresh = build_training_loader(training_images(photographs, AugmentationOptions()), batch_size=2)
+    assert same(epoch_of(fresh, epoch=1, batch=3), whole[3:])
+    assert same(epoch_of(fresh, epoch=1, batch=1), whole[1:])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_batches_are_in_order(numbered, num_workers):
+    dataset = EvaluationImages(numbered, (8, 8))
+    batches = list(build_evaluation_loader(dataset, 4, num_workers))
+    assert [batch["indices"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
+    for batch in batches:
+        assert values(batch) == (10 * batch["indices"]).tolist()
+        assert torch.equal(batch["labels"], batch["indices"] // 5)
+        assert batch["failed"] == []
+
+
+def test_evaluation_from_any_image_on_and_over_ranks(numbered):
+    dataset = EvaluationImages(numbered, (8, 8))
+    shares = []
+    for rank in (0, 1, 2):
+        loader = build_evaluation_loader(dataset, 2, num_replicas=3, rank=rank, first=5)
+        shares.append([index for batch in loader for index in batch["indices"].tolist()])
+        assert len(list(loader)) == len(loader)
+    assert shares == [[5, 8, 11], [6, 9, 12], [7, 10, 13]]
+    assert list(build_evaluation_loader(dataset, 2, first=14)) == []
+
+
+# Damaged files
+
+
+@pytest.fixture
+def partly_damaged(tmp_path):
+    """Twelve plain pictures, the numbers 3, 4 and 11 damaged: 4 is truncated."""
+    pictures = [plain(10 * number) for number in range(12)]
+    pictures[3] = pictures[11] = b"damaged"
+    whole = tmp_path / "whole.png"
+    photograph(200, 200).save(whole)
+    pictures[4] = whole.read_bytes()[:5000]
+    return source_of(tmp_path, pictures)
+
+
+def names(failed):
+    return [failure.partition(".png: ")[0][-2:] for failure in failed]
+
+
+def test_a_damaged_file_is_refused_by_its_name(partly_damaged):
+    training = build_training_loader(training_images(partly_damaged), 6)
+    evaluation = build_evaluation_loader(EvaluationImages(partly_damaged, (8, 8)), 4)
+    for batches, expected in ((training, ("03", "04", "11")), (evaluation, ("03",))):
+        with pytest.raises(UserError) as error:
+            list(batches)
+        message = str(error.value)
+        assert any(f"/{name}.png cannot be decoded, replace or delete it" in message for name in expected)
+        assert "--skip-damaged: " in message
+        assert "\n" not in message
+
+
+def test_damaged_files_are_replaced_in_training(partly_damaged):
+    dataset = training_images(partly_damaged, skip_damaged=True)
+    sample = dataset[0, 3]
+    assert names(sample["failed"]) == ["03", "04"]
+    assert sample["failed"][0].endswith("/03.png: not an image, or of an unknown format")
+    assert "truncated" in sample["failed"][1]
+    assert (sample["image"] == 50).all()
+    assert sample["label"] == 1
+    assert (dataset[0, 11]["image"] == 0).all()  # after the last comes the first
+    whole = epoch_of(build_training_loader(dataset, batch_size=4))
+    assert [len(batch["images"]) for batch in whole] == [4, 4, 4]
+    assert sorted(names(failure for batch in whole for failure in batch["failed"])) == ["03", "04", "04", "11"]
+    for batch in whole:
+        assert batch["labels"].tolist() == [value // 50 for value in values(batch)]
+
+
+def test_damaged_files_are_left_out_of_evaluation(partly_damaged):
+    dataset = EvaluationImages(partly_damaged, (8, 8), skip_damaged=True)
+    for num_workers in (0, 1):
+        batches = list(build_evaluation_loader(dataset, 3, num_workers))
+        assert [batch["indices"].tolist() for batch in batches] == [[0, 1, 2], [5], [6, 7, 8], [9, 10]]
+        assert [names(batch["failed"]) for batch in batches] == [[], ["03", "04"], [], ["11"]]
+        for batch in batches:
+            assert values(batch) == (10 * batch["indices"]).tolist()
+            assert torch.equal(batch["labels"], batch["indices"] // 5)
+    empty = list(build_evaluation_loader(dataset, 1))[3]
+    assert (len(empty["images"]), len(empty["labels"]), len(empty["indices"])) == (0, 0, 0)
+    assert names(empty["failed"]) == ["03"]
+
+
+def test_nothing_but_damaged_files_is_an_error_of_one_line(tmp_path):
+    source = source_of(tmp_path, [b"damaged"] * 8)
+    with pytest.raises(UserError, match="no image can be decoded, check the files: ") as error:
+        training_images(source, skip_damaged=True)[0, 2]
+    assert "\n" not in str(error.value)

@@ -1,0 +1,237 @@
+"""Class folders and labelled data sets: what was written comes back with its class."""
+
+import pytest
+from PIL import Image
+from torchvision.datasets import FakeData
+
+from convmae.data import labelled
+from convmae.data.labelled import open_labelled_images
+from convmae.errors import UserError
+
+
+def write(folder, *values):
+    """A plain picture per value, named after it; any folder in between is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for value in values:
+        plain(value).save(folder / f"{value:03d}.png")
+
+
+def plain(value):
+    return Image.new("RGB", (6, 5), (value, value, 255 - value))
+
+
+def contents(collection):
+    """(name of the class, value of the picture) of every picture, sorted."""
+    found = []
+    for index in range(len(collection)):
+        file, label = collection.open_labelled(index)
+        with file, Image.open(file) as image:
+            red, green, blue = image.convert("RGB").getpixel((3, 2))
+        assert red == green == 255 - blue
+        found.append((collection.classes[label], red))
+    return sorted(found)
+
+
+def refusal(*arguments):
+    with pytest.raises(UserError) as error:
+        open_labelled_images(*arguments)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes to train on, pictures of the last in nested folders, two to validate on."""
+    write(tmp_path / "train" / "ant", 1, 2)
+    write(tmp_path / "train" / "bee", 11)
+    write(tmp_path / "train" / "cow", 21)
+    write(tmp_path / "train" / "cow" / "young" / "brown", 22, 23)
+    write(tmp_path / "val" / "bee", 12)
+    write(tmp_path / "val" / "cow", 24, 25)
+    return tmp_path
+
+
+OF_TRAINING = [("ant", 1), ("ant", 2), ("bee", 11), ("cow", 21), ("cow", 22), ("cow", 23)]
+
+
+# Class folders
+
+
+@pytest.mark.parametrize("split", ["train", "training"])
+@pytest.mark.parametrize("name", ["train", "training"])
+def test_training_folder_at_any_depth_and_by_any_name(folder, split, name):
+    (folder / "train").rename(folder / name)
+    collection = open_labelled_images(folder, split)
+    assert collection.classes == ["ant", "bee", "cow"]
+    assert contents(collection) == OF_TRAINING
+    assert collection.name == str(folder / name)
+    names = {collection.picture_name(index) for index in range(6)}
+    assert str(folder / name / "cow" / "young" / "brown" / "023.png") in names
+
+
+@pytest.mark.parametrize("split", ["val", "valid", "validation", "eval", "test"])
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "eval", "test"])
+def test_validation_folder_by_any_name(folder, split, name):
+    (folder / "val").rename(folder / name)
+    assert contents(open_labelled_images(str(folder), split)) == [("bee", 12), ("cow", 24), ("cow", 25)]
+
+
+def test_the_asked_name_comes_before_its_synonyms(folder):
+    write(folder / "test" / "ant", 3)
+    write(folder / "test" / "bee", 13)
+    assert contents(open_labelled_images(folder, "test")) == [("ant", 3), ("bee", 13)]
+    assert contents(open_labelled_images(folder, "val")) == [("bee", 12), ("cow", 24), ("cow", 25)]
+    (folder / "val").rename(folder / "holdout")
+    assert contents(open_labelled_images(folder, "holdout")) == [("bee", 12), ("cow", 24), ("cow", 25)]
+
+
+def test_fewer_classes_keep_the_numbers_of_training(folder):
+    training = open_labelled_images(folder, "train")
+    validation = open_labelled_images(folder, "val", training.classes)
+    assert validation.classes == training.classes
+    assert {validation.open_labelled(index)[1] for index in range(3)} == {1, 2}
+    (folder / "val" / "ant").mkdir()  # empty, as no picture of it was kept
+    assert contents(open_labelled_images(folder, "val", training.classes)) == contents(validation)
+
+
+def test_only_known_extensions_in_any_case_are_pictures(folder):
+    plain(13).save(folder / "train" / "bee" / "013.BMP")
+    (folder / "train" / "bee" / "notes.txt").write_text("no image")
+    (folder / "train" / "notes.txt").write_text("no image")
+    assert contents(open_labelled_images(folder, "train")) == sorted([*OF_TRAINING, ("bee", 13)])
+
+
+def test_a_class_that_training_lacks_is_refused(folder):
+    write(folder / "val" / "dog", 31)
+    message = refusal(folder, "val", ["ant", "bee", "cow"])
+    assert message == f"{folder / 'val'} has the class 'dog', which the training split lacks: remove it"
+
+
+def test_an_empty_class_folder_of_training_is_refused(folder):
+    (folder / "train" / "bat").mkdir()
+    assert refusal(folder, "train").startswith(f"{folder / 'train' / 'bat'} holds no images: fill")
+
+
+def test_a_single_class_is_refused(tmp_path):
+    write(tmp_path / "train" / "ant", 1)
+    assert "has only one class, 'ant'" in refusal(tmp_path, "train")
+
+
+def test_folder_mistakes_name_the_cure(tmp_path):
+    assert "nowhere does not exist: give a folder" in refusal(tmp_path / "nowhere", "train")
+    (tmp_path / "file").write_text("no folder")
+    assert "file is a file: give a folder" in refusal(tmp_path / "file", "train")
+    assert "has no folder train/: it must hold" in refusal(tmp_path, "train")
+    write(tmp_path / "train", 1)
+    assert f"{tmp_path / 'train'} has no class folders" in refusal(tmp_path, "train")
+    (tmp_path / "train" / "ant").mkdir()
+    (tmp_path / "train" / "bee").mkdir()
+    assert "holds no images: accepted are .png" in refusal(tmp_path, "train")
+
+
+# Hugging Face data sets
+
+
+@pytest.fixture
+def datasets(tmp_path_factory, monkeypatch):
+    module = pytest.importorskip("datasets")
+    monkeypatch.setattr(module.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    return module
+
+
+def test_hugging_face_folder_of_images(datasets, folder):
+    for path in (folder / "train" / "cow" / "young" / "brown").iterdir():  # `datasets` takes no class from a nested one
+        path.rename(folder / "train" / "cow" / path.name)
+    training = open_labelled_images(f"hfds/{folder}", "train")
+    assert training.name == f"hfds/{folder} (train)"
+    assert training.classes == ["ant", "bee", "cow"]
+    assert contents(training) == OF_TRAINING
+    validation = open_labelled_images(f"hfds/{folder}", "val", training.classes)  # `datasets` says validation
+    assert contents(validation) == [("bee", 12), ("cow", 24), ("cow", 25)]
+    assert validation.picture_name(2) == "row 2"
+    message = refusal(f"hfds/{folder}", "nowhere")
+    assert message.startswith(f"hfds/{folder}, split nowhere, cannot be opened, check both: ")
+
+
+def test_hugging_face_columns_of_any_name(datasets, tmp_path):
+    columns = {"number": [7, 8, 9], "kind": [1, 0, 1], "photo": [plain(value) for value in (5, 6, 7)]}
+    kinds = datasets.ClassLabel(names=["dull", "bright"])
+    features = datasets.Features({"number": datasets.Value("int64"), "kind": kinds, "photo": datasets.Image()})
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "data" / "train.parquet")
+    collection = open_labelled_images(f"hfds/{tmp_path / 'data'}", "training")
+    assert contents(collection) == [("bright", 5), ("bright", 7), ("dull", 6)]
+
+
+def test_hugging_face_data_set_without_pictures_or_classes_is_refused(datasets, tmp_path):
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "train.csv").write_text("name,size\na,1\nb,2\n")
+    expected = "has no column of images or none of classes: its columns are"
+    assert f"{expected} name, size" in refusal(f"hfds/{tmp_path}/table", "train")
+    write(tmp_path / "flat", 1, 2)
+    assert f"{expected} image" in refusal(f"hfds/{tmp_path}/flat", "train")
+
+
+def test_hugging_face_data_set_that_does_not_exist(datasets, tmp_path):
+    assert "cannot be opened, check both: " in refusal(f"hfds/{tmp_path}/nowhere", "train")
+
+
+def test_hugging_face_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr(labelled, "find_spec", lambda name: None)
+    assert "pip install 'convmae[hub]'" in refusal("hfds/any", "train")
+
+
+# torchvision's
+
+
+@pytest.fixture
+def fake_data(monkeypatch):
+    """Five random pictures of two classes in place of a download; also what was asked for."""
+    data, asked = FakeData(5, (3, 8, 7), num_classes=2), []
+    data.classes = ["no", "yes"]
+    monkeypatch.setattr(labelled, "create_dataset", lambda *names, **options: asked.append((names, options)) or data)
+    return data, asked
+
+
+def test_torchvision_data_set(fake_data):
+    data, asked = fake_data
+    collection = open_labelled_images("torch/cifar10", "val", ["no", "yes"])
+    (names, options), *_ = asked
+    assert names == ("torch/cifar10",)
+    assert (options["split"], options["download"]) == ("val", True)
+    assert (len(collection), collection.classes) == (5, ["no", "yes"])
+    assert {label for _, label in data} == {0, 1}
+    for index, (image, label) in enumerate(data):
+        file, number = collection.open_labelled(index)
+        with Image.open(file) as read:
+            assert (read.mode, read.size, read.tobytes()) == ("RGB", (7, 8), image.tobytes())
+        assert number == label
+
+
+def test_torchvision_data_set_with_other_classes_is_refused(fake_data):
+    data, _ = fake_data
+    assert "has the class 'yes', which the training split lacks" in refusal("torch/mnist", "val", ["no", "maybe"])
+    del data.classes
+    assert "has no classes" in refusal("torch/mnist", "train")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, AssertionError])
+@pytest.mark.parametrize(("said", "shown"), [("File not found\nor corrupted.", "File not found"), ("", "")])
+def test_torchvision_data_set_that_cannot_be_opened(monkeypatch, kind, said, shown):
+    def fail(*_, **__):
+        raise kind(said)
+
+    monkeypatch.setattr(labelled, "create_dataset", fail)
+    message = refusal("torch/mnist", "train")
+    assert message == f"torch/mnist, split train, cannot be opened, check both: {shown or kind.__name__}"
+
+
+def test_unknown_torchvision_data_set(monkeypatch, tmp_path):
+    monkeypatch.setattr(labelled.torch.hub, "get_dir", lambda: str(tmp_path))
+    assert "Unknown torchvision dataset nonsense" in refusal("torch/nonsense", "train")
+
+
+@pytest.mark.parametrize("data", ["wds/shards-{0..1}.tar", "hfids/some/name", "tfds/name"])
+def test_streams_are_refused(data):
+    assert f"{data} is a stream without a list of classes" in refusal(data, "train")
