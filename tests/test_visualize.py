@@ -1,8 +1,26 @@
+import math
+
+import matplotlib
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from convmae.visualize import encoder_picture, loss_curve, neighbours_picture, reconstruction_picture
+from convmae.visualize import (
+    confusion_picture,
+    encoder_picture,
+    loss_curve,
+    neighbours_picture,
+    reconstruction_picture,
+)
+
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # matplotlib's tab:blue and tab:orange
+
+
+def places(path, colour):
+    """Rows and columns of the pixels of a colour, but for rounding."""
+    picture = np.asarray(Image.open(path).convert("RGB"), dtype=int)
+    return np.nonzero((np.abs(picture - colour) <= 1).all(axis=-1))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
@@ -31,7 +49,61 @@ def test_rows_may_differ_in_size(tmp_path):
 def test_a_loss_curve_is_drawn(tmp_path):
     loss_curve(tmp_path / "loss.png", [{"step": s, "loss": 1 / s, "lr": 0.1} for s in (1, 2, 3)])
     colours = Image.open(tmp_path / "loss.png").convert("RGB").getcolors(maxcolors=100000)
-    assert (31, 119, 180) in {colour for _, colour in colours}  # matplotlib's tab:blue, the loss
+    assert BLUE in {colour for _, colour in colours}  # the loss
+
+
+def test_below_the_loss_stands_the_accuracy_where_there_is_one(tmp_path):
+    losses = [{"step": step, "loss": 1.0, "lr": 0.1} for step in range(1, 9)]
+    evaluations = {4: {"top1": 0.1, "top5": 0.5}, 8: {"top1": 0.9, "top5": 0.95}}
+    merged = [record | evaluations.get(record["step"], {}) for record in losses]
+    alone = [*losses[:3], {"step": 4, "epoch": 0, "top1": 0.1, "top5": 0.5}, *merged[4:]]  # steps between log lines
+    loss_curve(tmp_path / "plain.png", losses)
+    for metrics in (merged, alone):
+        loss_curve(tmp_path / "both.png", metrics)
+        plain, both = (Image.open(tmp_path / name) for name in ("plain.png", "both.png"))
+        assert both.width == plain.width
+        assert both.height > 1.5 * plain.height
+        for colour in (BLUE, ORANGE):  # top-1 and top-5; both rise from step 4 to step 8
+            rows, columns = places(tmp_path / "both.png", colour)
+            rows, columns = rows[rows > both.height / 2], columns[rows > both.height / 2]
+            inside = (columns > 0.3 * both.width) & (rows < 0.9 * both.height)
+            rows, columns = rows[inside], columns[inside]
+            middle = (columns.min() + columns.max()) / 2
+            assert rows[columns < middle].mean() > rows[columns > middle].mean() + 10
+
+
+def test_a_loss_that_is_not_a_number_leaves_a_gap(tmp_path):
+    loss_curve(tmp_path / "l.png", [{"step": s, "loss": math.nan if s == 2 else s, "lr": 0.1} for s in (1, 2, 3, 4)])
+    assert len(places(tmp_path / "l.png", BLUE)[0]) > 50
+
+
+@pytest.mark.parametrize("count", [3, 20, 50])
+def test_a_confusion_matrix_shows_shares_of_each_true_class(tmp_path, count):
+    """Cells of the first three classes: mostly right, always taken for the third, without images."""
+    confusion = torch.eye(count, dtype=torch.int64)
+    confusion[:3, :3] = torch.tensor([[30, 10, 0], [0, 0, 7], [0, 0, 0]])
+    confusion_picture(tmp_path / "c.png", confusion, [f"class {number}" for number in range(count)])
+    blues = matplotlib.colormaps["Blues"]
+
+    def middle(share):
+        rows, columns = places(tmp_path / "c.png", np.array(blues(share, bytes=True)[:3], dtype=int))
+        in_matrix = columns < 0.86 * Image.open(tmp_path / "c.png").width  # on its right stands the scale
+        return np.median(rows[in_matrix]), np.median(columns[in_matrix])
+
+    mostly, seldom = middle(0.75), middle(0.25)
+    assert mostly[0] == pytest.approx(seldom[0], abs=4)  # one row: the same true class
+    assert mostly[1] < seldom[1]
+    if count == 3:
+        always, never = middle(1.0), middle(0.0)
+        assert always[0] > mostly[0]
+        assert always[1] > seldom[1]
+        assert always[1] - seldom[1] == pytest.approx(seldom[1] - mostly[1], abs=10)
+        assert never[0] > mostly[0]  # five of the six white cells are below, the empty class among them
+
+
+def test_names_of_classes_are_no_formulas(tmp_path):
+    confusion_picture(tmp_path / "c.png", torch.eye(2, dtype=torch.int64), ["a$^$", r"$\frac$"])
+    assert Image.open(tmp_path / "c.png").format == "PNG"
 
 
 def test_neighbours_are_drawn_in_rows_of_any_length(tmp_path):

@@ -149,6 +149,29 @@ def test_a_truncated_file_is_refused(tmp_path):
             convmae.load(path)
 
 
+def test_of_a_run_the_best_model_is_meant_then_the_newest_checkpoint(tmp_path):
+    order = ["checkpoints/step-00000020", "checkpoints/step-00000100", "best", "."]
+    for place in order:  # each is preferred to those before it
+        model = convmae.Classifier(**TINY, num_classes=order.index(place) + 2)
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        file = tmp_path / place / "model.safetensors"
+        weights.save(file, model.state_dict(), model.settings)
+        assert weights.locate(tmp_path) == weights.locate(file) == weights.locate(tmp_path / place) == file
+        assert convmae.load(tmp_path).num_classes == order.index(place) + 2
+    assert weights.locate(tmp_path / "checkpoints/step-00000020").parent.name == "step-00000020"
+
+
+def test_a_best_folder_without_a_model_is_passed_over(tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "model.safetensors.incomplete").write_bytes(b"half")
+    with pytest.raises(convmae.UserError, match=r"no model.safetensors in"):
+        weights.locate(tmp_path)
+    newest = tmp_path / "checkpoints" / "step-00000007" / "model.safetensors"
+    newest.parent.mkdir(parents=True)
+    newest.touch()
+    assert weights.locate(tmp_path) == newest
+
+
 def test_an_empty_folder_and_a_dict_without_weights_are_refused(tmp_path):
     with pytest.raises(convmae.UserError, match=r"no model.safetensors in"):
         convmae.load(tmp_path)

@@ -77,8 +77,8 @@ def confusion_picture(path: str | Path, confusion: Tensor, classes: Sequence[str
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     if named:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        axes.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(classes)), classes, parse_math=False)
     if written:
         for (row, column), share in np.ndenumerate(shares):
             if share >= 0.005:

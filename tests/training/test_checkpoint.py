@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from convmae import UserError
-from convmae.training.checkpoint import STATE_FILE, CheckpointFolder, read_state
+from convmae.training.checkpoint import STATE_FILE, CheckpointFolder, read_state, replace_file
 
 
 def write_model(folder):
@@ -65,3 +65,26 @@ def test_damaged_states_and_code_are_refused(tmp_path):
 def test_keeping_none_is_refused(tmp_path):
     with pytest.raises(UserError, match="must be at least 1"):
         CheckpointFolder(tmp_path, keep=0)
+
+
+def test_a_replaced_file_is_whole_and_alone(tmp_path):
+    path = tmp_path / "new" / "folder" / "file.txt"
+    for text in ("first", "second, longer"):
+        replace_file(path, lambda temporary, text=text: temporary.write_text(text))
+        assert path.read_text() == text
+        assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_writer_that_dies_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def die(temporary):
+        temporary.write_text("ha")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_file(path, die)
+    assert path.read_text() == "old"
+    replace_file(path, lambda temporary: temporary.write_text("new"))  # the half-written one is no obstacle
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["new"]

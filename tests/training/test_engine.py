@@ -5,7 +5,7 @@ import torch
 
 from convmae import UserError
 from convmae.training import engine
-from convmae.training.engine import EngineOptions, start_engine
+from convmae.training.engine import DeviceOptions, EngineOptions, start_engine
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("bf16", "bf16-mixed"), ("float32", "32-true")])
@@ -59,3 +59,24 @@ def test_loader_workers_share_the_cores(monkeypatch, processes, cores, expected)
     fabric = SimpleNamespace(world_size=processes)
     assert engine.loader_workers(EngineOptions(), fabric) == expected
     assert engine.loader_workers(EngineOptions(workers=0), fabric) == 0
+
+
+def test_commands_of_one_process_stay_one_under_a_launcher(monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert engine._processes(DeviceOptions()) == (1, 1)
+    assert engine._processes(EngineOptions()) == (4, 2)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", "bf16-mixed"), ("float32", "32-true")])
+def test_device_options_start_one_process(precision, expected):
+    fabric = start_engine(DeviceOptions("cpu", precision))
+    assert (fabric.world_size, fabric.device.type, fabric._precision.precision) == (1, "cpu", expected)
+    assert engine.loader_workers(DeviceOptions(workers=3), fabric) == 3
+
+
+def test_device_options_are_checked_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options, message in ((DeviceOptions("cuda"), "no CUDA device"), (DeviceOptions(workers=-1), "at least 0")):
+        with pytest.raises(UserError, match=message):
+            start_engine(options)

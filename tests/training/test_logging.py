@@ -26,6 +26,28 @@ def test_the_later_line_of_a_step_counts(tmp_path):
     assert [record["loss"] for record in read_metrics(tmp_path)] == [1, 3]
 
 
+def test_an_evaluation_joins_the_figures_of_its_step(tmp_path, capsys):
+    log = RunLog(tmp_path, LoggingOptions())
+    log.start(epochs=3, total_steps=6, step=0)
+    log.metrics(2, 0, {"loss": 0.5, "lr": 0.1, "images_per_second": 3.0})
+    log.evaluation(2, 0, {"top1": 0.25, "top5": 0.75})
+    log.evaluation(4, 1, {"top1": 0.5, "top5": math.nan})
+    log.evaluation(2, 0, {"top1": 0.3, "top5": 0.8})  # written again after a resume
+    log.finish()
+    first, second = read_metrics(tmp_path)
+    assert first == {
+        "step": 2, "epoch": 0, "loss": 0.5, "lr": 0.1, "images_per_second": 3.0, "top1": 0.3, "top5": 0.8,
+    }  # fmt: skip
+    assert (second["step"], second["epoch"], second["top1"]) == (4, 1, 0.5)
+    assert math.isnan(second["top5"])
+    assert "loss" not in second
+    assert "epoch 2/3  top1 0.5000  top5 nan" in capsys.readouterr().err
+
+
+def test_a_run_without_metrics_has_none(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
     log = RunLog(tmp_path, LoggingOptions())
     log.start(epochs=1, total_steps=1, step=0)
@@ -41,6 +63,7 @@ def test_other_processes_stay_silent(tmp_path, capsys):
     log.start(1, 1, 0)
     log.advance(1, 0)
     log.metrics(1, 0, {"loss": 0.5, "lr": 0.1, "images_per_second": 3.0})
+    log.evaluation(1, 0, {"top1": 0.5})
     log.say("hello")
     log.summary("end", {"a": "b"})
     log.finish()

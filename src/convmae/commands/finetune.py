@@ -132,7 +132,10 @@ def finetune(
     newest = checkpoint_to_resume(output, checkpoints, resume)
     restored = None
     if newest is not None:
-        fill(network, weights_files.read(newest)[0])
+        state, facts = weights_files.read(newest)
+        if facts.get("classes") != classes:
+            raise UserError(f"{output} holds a run with other classes than {data}: choose another --output")
+        fill(network, state)
         restored = read_state(newest)
 
     fabric = start_engine(engine)

@@ -145,7 +145,8 @@ def probe(
     validation = open_labelled_images(data, val_split, training.classes)
     chosen: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
     network = load_classifier(weights, num_classes=0, **chosen)
-    if form == "fast" and (output / RESULT_FILE).exists():
+    holds_run = (output / "checkpoints").exists()  # of the published form, which alone can go on with it
+    if (holds_run and form == "fast") or ((output / RESULT_FILE).exists() and not holds_run):
         raise UserError(f"{output} holds a result: choose another --output")
     began = time.monotonic()
     if form == "published":
@@ -212,7 +213,10 @@ def _published(
     newest = checkpoint_to_resume(output, checkpoints, resume)
     restored = None
     if newest is not None:
-        probed.load_state_dict(load_file(newest / _HEAD_FILE), strict=False)
+        head = load_file(newest / _HEAD_FILE)
+        if head["layer.weight"].shape != probed.layer.weight.shape:
+            raise UserError(f"{output} holds a run of another encoder or with other classes: choose another --output")
+        probed.load_state_dict(head, strict=False)
         restored = read_state(newest)
     fabric = start_engine(engine)
     failures = DecodingFailures(output)

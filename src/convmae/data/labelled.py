@@ -1,14 +1,17 @@
-"""Where labelled pictures come from: class folders, a Hugging Face data set, or one of torchvision's.
+"""Where labelled pictures come from: class folders, shards, a Hugging Face data set, or one of torchvision's.
 
 A class is known by its number in `ImageCollection.classes`; nothing is decoded here.
 """
 
 import io
-from collections.abc import Sequence
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
+import numpy
 import torch
 from timm.data import create_dataset
 from timm.data.readers import create_reader
@@ -20,12 +23,15 @@ from convmae.errors import UserError
 # The names under which data sets keep the same split.
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "test"))
 
+_CLASS_NAMES_FILE = "classes.txt"  # beside shards, a class a line
+
 
 def open_labelled_images(data: str | Path, split: str, classes: Sequence[str] | None = None) -> ImageCollection:
     """The labelled pictures of one split.
 
-    data: a folder that holds SPLIT/CLASS/pictures at any depth; `hfds/NAME` (Hugging Face data set, a hub name or a
-    local folder); or `torch/NAME` (torchvision's cifar10, cifar100, mnist, fashion_mnist, ..., downloaded at first).
+    data: a folder that holds SPLIT/CLASS/pictures at any depth; `wds/FOLDER` (a local folder of WebDataset shards whose
+    names tell the split); `hfds/NAME` (Hugging Face data set, a hub name or a local folder); or `torch/NAME`
+    (torchvision's cifar10, cifar100, mnist, fashion_mnist, ..., downloaded at first).
     split: `train`, `val`, or whatever the data set calls it; the usual synonyms are found. classes: those of the
     training split, which another split may not exceed.
 
@@ -36,8 +42,10 @@ def open_labelled_images(data: str | Path, split: str, classes: Sequence[str] | 
         collection = _open_hugging_face(str(data), name, split)
     elif prefix == "torch":
         collection = _open_torchvision(str(data), split)
-    elif prefix in ("wds", "hfids", "tfds"):
-        raise UserError(f"{data} is a stream without a list of classes: use a folder, hfds/NAME or torch/NAME")
+    elif prefix == "wds":
+        collection = _open_shards(str(data), Path(name), split)
+    elif prefix in ("hfids", "tfds"):
+        raise UserError(f"{data} is a stream, whose order cannot be resumed: use a folder, wds/, hfds/ or torch/")
     else:
         collection = _open_folder(Path(data), split, classes)
     if len(collection.classes) < 2:
@@ -91,6 +99,75 @@ def _open_folder(folder: Path, split: str, classes: Sequence[str] | None) -> Ima
         raise UserError(f"{found / names[empty[0]]} holds no images: fill the class folder or delete it")
     reader = _FolderReader(samples)
     return ImageCollection(str(found), reader, reader.filename, names)
+
+
+class _ShardReader:
+    """Pictures inside uncompressed tar files, found by the place of their bytes: reader[index] -> (file, class)."""
+
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self._shards = list(shards)
+        found = [
+            (number, *place) for number, shard in enumerate(shards) for place in _labelled_members(shard)
+        ]  # arrays, since lists of millions would be copied by every loading process
+        self._places = numpy.array(found, dtype=numpy.int64).reshape(-1, 4)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        shard, offset, size, label = self._places[index].tolist()
+        with self._shards[shard].open("rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size)), label
+
+    @property
+    def num_classes(self) -> int:
+        return int(self._places[:, 3].max(initial=-1)) + 1
+
+    def filename(self, index: int) -> str:
+        shard, offset, *_ = self._places[index].tolist()
+        with tarfile.open(self._shards[shard], "r:") as members:
+            name = next(member.name for member in members if member.offset_data == offset)
+        return f"{self._shards[shard]}/{name}"
+
+
+def _labelled_members(shard: Path) -> Iterator[tuple[int, int, int]]:
+    """Offset, size and class of each picture with a class in a shard: members KEY.jpg and KEY.cls."""
+    pictures: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(shard, "r:") as members:
+            for member in members:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, kind = name.partition(".")
+                key = f"{folder}/{stem}"
+                if f".{kind.lower()}" in EXTENSIONS:
+                    pictures[key] = (member.offset_data, member.size)
+                elif kind == "cls":
+                    labels[key] = int(cast(BinaryIO, members.extractfile(member)).read())
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise UserError(f"the shard {shard} cannot be read, write it again, uncompressed: {error}") from error
+    for key, place in pictures.items():
+        if labels.get(key, -1) >= 0:
+            yield *place, labels[key]
+
+
+def _open_shards(data: str, folder: Path, split: str) -> ImageCollection:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: write wds/FOLDER, of a local folder with shards *.tar")
+    words = {shard: set(re.split("[^a-z]+", str(shard.relative_to(folder)).lower())) for shard in folder.rglob("*.tar")}
+    matching = ([shard for shard in words if name.lower() in words[shard]] for name in _called(split))
+    shards = next((sorted(found) for found in matching if found), [])
+    if not shards:
+        raise UserError(f"{folder} has no shards called {split}: name them like {split}-0000.tar")
+    reader = _ShardReader(shards)
+    if not len(reader):
+        raise UserError(f"the shards of {data} ({split}) hold no images with a class: write KEY.jpg and KEY.cls")
+    names = folder / _CLASS_NAMES_FILE
+    classes = names.read_text().splitlines() if names.is_file() else [str(label) for label in range(reader.num_classes)]
+    if reader.num_classes > len(classes):
+        raise UserError(f"{names} names {len(classes)} classes, {data} ({split}) has more: add them, a line each")
+    return ImageCollection(f"{data} ({split})", reader, reader.filename, classes)
 
 
 def _open_hugging_face(data: str, name: str, split: str) -> ImageCollection:

@@ -66,7 +66,8 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions, batch_size: int
     if isinstance(options, LayerDecayOptions):
         if not 0 < options.layer_decay <= 1:
             raise UserError(f"a layer decay of {options.layer_decay} is out of range: choose one in (0, 1]")
-        groups = param_groups_layer_decay(model, options.weight_decay, layer_decay=options.layer_decay)
+        without_decay = model.no_weight_decay()  # type: ignore[operator]
+        groups = param_groups_layer_decay(model, options.weight_decay, without_decay, layer_decay=options.layer_decay)
     else:
         groups = param_groups_weight_decay(model, options.weight_decay)
     # Fused AdamW can skip a step on the device, which the loop needs for losses that are not finite.

@@ -1,0 +1,378 @@
+"""The linear probe in both forms, against scikit-learn and against the published recipe written out."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from timm.optim import Lars
+from torch.nn.functional import cross_entropy
+from torchvision.transforms import CenterCrop, InterpolationMode, PILToTensor, Resize
+
+import convmae
+from convmae import cli
+from convmae.commands import classification
+from convmae.commands import probe as module
+from convmae.commands.probe import probe
+from convmae.data.sources import ImageCollection
+from convmae.evaluation.linear import STRENGTHS
+from convmae.models.registry import load_classifier
+from convmae.training.checkpoint import CheckpointOptions, read_state
+from convmae.training.engine import EngineOptions
+from convmae.training.logging import LoggingOptions, read_metrics
+from convmae.training.loop import Interrupted
+from convmae.training.optimizer import LarsOptions
+
+IN_PROCESS = EngineOptions("cpu", "float32", 0)
+CLASSES = ["a", "b", "c", "d", "e", "f"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models this small gain nothing from a second thread, and wait long for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Six classes of noise whose colours overlap, 12 images each, 6 for validation; treat it as read-only."""
+    folder = tmp_path_factory.mktemp("labelled")
+    numbers = np.random.default_rng(0)
+    centres = numbers.uniform(40, 215, (6, 3))
+    for split, count in (("train", 12), ("val", 6)):
+        for name, centre in zip(CLASSES, centres, strict=True):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                colour = numbers.normal(centre, 35)
+                pixels = numbers.normal(colour, 30, (36, 40, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{index:02d}.png")
+    return folder
+
+
+def crop(path, size=32):
+    """The validation view of an image, uint8 (1, 3, size, size)."""
+    image = Resize(int(size / 0.875), InterpolationMode.BICUBIC)(Image.open(path))
+    return PILToTensor()(CenterCrop(size)(image))[None]
+
+
+@torch.inference_mode()
+def outputs_by_hand(model, folder):
+    """What a model makes of the images of a split, (N, ...), and their classes (N,)."""
+    paths = [(path, number) for number, name in enumerate(CLASSES) for path in sorted((folder / name).iterdir())]
+    return torch.cat([model(crop(path)) for path, _ in paths]), torch.tensor([number for _, number in paths])
+
+
+def features_by_hand(weights, folder):
+    """Mean-pooled, normalised features of a frozen encoder."""
+    encoder = load_classifier(weights).encoder.eval()
+    maps, labels = outputs_by_hand(encoder, folder)
+    return torch.nn.functional.layer_norm(maps.mean(dim=(1, 2)), maps.shape[-1:], eps=1e-6), labels
+
+
+def share_of_hits(scores, labels):
+    return (scores.argmax(dim=1) == labels).float().mean().item()
+
+
+@pytest.fixture(scope="module")
+def fast(labelled, autoencoder_file, tmp_path_factory):
+    """The result of the fast form; treat it as read-only."""
+    return probe(str(labelled), autoencoder_file, tmp_path_factory.mktemp("runs") / "probe", engine=IN_PROCESS)
+
+
+def published(data, weights, output, **changes):
+    settings = {
+        "form": "published",
+        "epochs": 4,
+        "batch_size": 16,
+        "optimizer": LarsOptions(base_lr=8.0),
+        "engine": IN_PROCESS,
+        "checkpoint": CheckpointOptions(every_epochs=1, keep=1),
+        "logging": LoggingOptions(every_steps=1),
+    }
+    return probe(str(data), weights, output, **{**settings, **changes})
+
+
+def test_the_linear_figures_are_scikit_learn_s(fast, labelled, autoencoder_file):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    features, labels = features_by_hand(autoencoder_file, labelled / "train")
+    queries, truth = features_by_hand(autoencoder_file, labelled / "val")
+    mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0)
+    # scikit-learn's C weighs the sum of the losses against half of the squared weights.
+    regression = linear_model.LogisticRegression(C=1 / (len(features) * fast.strength), max_iter=10_000, tol=1e-8)
+    regression.fit(((features - mean) / deviation).numpy(), labels.numpy())
+    scores = torch.from_numpy(regression.predict_log_proba(((queries - mean) / deviation).numpy()))
+    assert fast.strength in STRENGTHS
+    assert fast.top1 == pytest.approx(share_of_hits(scores, truth), abs=1.01 / len(truth))
+    top5 = (scores.topk(5, dim=1).indices == truth[:, None]).any(dim=1).float().mean().item()
+    assert fast.top5 == pytest.approx(top5, abs=1.01 / len(truth))
+    assert 0.4 < fast.top1 < 1  # chance is 1/6, and the classes overlap
+
+
+def test_the_nearest_neighbours_are_scikit_learn_s(labelled, autoencoder_file, fast, tmp_path):
+    sklearn = pytest.importorskip("sklearn.neighbors")
+    features, labels = features_by_hand(autoencoder_file, labelled / "train")
+    queries, truth = features_by_hand(autoencoder_file, labelled / "val")
+    found = []
+    for neighbours in (1, 20):
+        voting = sklearn.KNeighborsClassifier(
+            neighbours, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+        )
+        voting.fit(features.double().numpy(), labels.numpy())
+        found.append(voting.score(queries.double().numpy(), truth.numpy()))
+    nearest = probe(str(labelled), autoencoder_file, tmp_path / "one", neighbours=1, engine=IN_PROCESS)
+    assert [nearest.neighbours_top1, fast.neighbours_top1] == pytest.approx(found)
+    assert found[0] != found[1]
+
+
+def test_each_image_is_read_once(labelled, autoencoder_file, tmp_path, monkeypatch):
+    opened = []
+    open_labelled = ImageCollection.open_labelled
+
+    def counting(self, index):
+        opened.append(self.picture_name(index))
+        return open_labelled(self, index)
+
+    monkeypatch.setattr(ImageCollection, "open_labelled", counting)
+    probe(str(labelled), autoencoder_file, tmp_path / "probe", batch_size=7, engine=IN_PROCESS)
+    assert sorted(opened) == sorted(map(str, labelled.rglob("*.png")))
+
+
+@pytest.mark.parametrize("form", ["fast", "published"])
+def test_the_written_classifier_has_the_accuracy_that_was_told(labelled, autoencoder_file, fast, tmp_path, form):
+    result = fast if form == "fast" else published(labelled, autoencoder_file, tmp_path / "run")
+    model = convmae.load(result.checkpoint).eval()
+    assert model.classes == CLASSES
+    scores, truth = outputs_by_hand(model, labelled / "val")
+    assert result.top1 == pytest.approx(share_of_hits(scores, truth))
+    predictions = convmae.predict(str(labelled / "val" / "c"), result.checkpoint, top=1, engine=IN_PROCESS)
+    # Class c is number 2, with the images from 12 on.
+    assert [one.classes[0] for one in predictions] == [CLASSES[guess] for guess in scores[12:18].argmax(dim=1)]
+
+
+@pytest.mark.parametrize("form", ["fast", "published"])
+def test_only_the_head_is_new(labelled, named_classifier_file, tmp_path, form):
+    """Of a fine-tuned classifier with other classes, encoder and norm stay bit for bit."""
+    run = published if form == "published" else probe
+    result = run(str(labelled), named_classifier_file, tmp_path / "run", engine=IN_PROCESS)
+    given, kept = load_file(named_classifier_file), load_file(result.checkpoint / "model.safetensors")
+    assert given.keys() == kept.keys()
+    different = {name for name in given if not torch.equal(given[name], kept[name])}
+    assert different == {"head.weight", "head.bias"}
+    assert kept["head.weight"].shape == (6, 32)
+
+
+def test_the_result_is_written(fast, labelled, autoencoder_file, tmp_path, capsys):
+    written = json.loads((fast.folder / "probe.json").read_text())
+    assert written == {
+        "folder": str(fast.folder),
+        "checkpoint": str(fast.folder),
+        "top1": fast.top1,
+        "top5": fast.top5,
+        "neighbours_top1": fast.neighbours_top1,
+        "strength": fast.strength,
+    }
+    result = published(labelled, autoencoder_file, tmp_path / "run", epochs=1)
+    written = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert (written["top1"], written["neighbours_top1"], written["strength"]) == (result.top1, None, None)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["form"] == "published"
+    printed = capsys.readouterr().out
+    assert f"{result.top1:.2%}" in printed
+    assert "linear layer, 1 epochs" in printed
+
+
+def test_grey_encoders_are_given_grey_images(labelled, grey_autoencoder_file, tmp_path):
+    result = probe(str(labelled), grey_autoencoder_file, tmp_path / "probe", engine=IN_PROCESS)
+    assert convmae.load(result.checkpoint).settings["in_channels"] == 1
+
+
+def test_the_published_form_is_the_recipe_written_out(labelled, autoencoder_file, tmp_path, monkeypatch):
+    """Batch normalisation without weights, a linear layer, LARS with momentum 0.9 and no decay, a cosine to 0."""
+    seen, optimizers = [], []
+    batches, build = classification.LabelledBatches.training, module.build_lars
+
+    def recording(self, epoch, first):
+        for images, targets in batches(self, epoch, first):
+            seen.append((images.clone(), targets))
+            yield images, targets
+
+    monkeypatch.setattr(classification.LabelledBatches, "training", recording)
+    monkeypatch.setattr(module, "build_lars", lambda *given: optimizers.append(build(*given)) or optimizers[-1])
+    still = published(labelled, autoencoder_file, tmp_path / "still", epochs=1, optimizer=LarsOptions(base_lr=0.0))
+    start = load_file(still.folder / "checkpoints/step-00000004/head.safetensors")
+    seen.clear()
+    trained = published(labelled, autoencoder_file, tmp_path / "run", optimizer=LarsOptions(base_lr=8.0))
+    assert isinstance(optimizers[-1], Lars)
+    end = load_file(trained.folder / "checkpoints/step-00000016/head.safetensors")
+    assert end.keys() == {
+        "norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "layer.weight", "layer.bias",
+    }  # fmt: skip
+    assert start["layer.weight"].std().item() == pytest.approx(0.01, rel=0.2)
+    assert not start["layer.bias"].any()
+
+    encoder = load_classifier(autoencoder_file).encoder.eval()
+    weight, bias = (start[f"layer.{name}"].clone().requires_grad_() for name in ("weight", "bias"))
+    mean, variance = torch.zeros(32), torch.ones(32)
+    momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    losses = []
+    assert len(seen) == 16
+    for step, (images, targets) in enumerate(seen):
+        with torch.no_grad():
+            features = torch.nn.functional.layer_norm(encoder(images).mean(dim=(1, 2)), (32,), eps=1e-6)
+        assert (
+            targets.sum(dim=1).tolist() == targets.max(dim=1).values.tolist() == [1.0] * 16
+        )  # neither mixed nor smooth
+        own_mean, own_variance = features.mean(dim=0), features.var(dim=0, correction=0)
+        mean = 0.9 * mean + 0.1 * own_mean
+        variance = 0.9 * variance + 0.1 * features.var(dim=0, correction=1)
+        standard = (features - own_mean) / (own_variance + 1e-6).sqrt()
+        loss = cross_entropy(standard @ weight.T + bias, targets.argmax(dim=1))
+        losses.append(loss.item())
+        gradients = torch.autograd.grad(loss, (weight, bias))
+        # A fifth of 4 epochs of warm-up are 3.2 of 16 steps: 3.
+        share = step / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / 13)) / 2
+        with torch.no_grad():
+            trust = 0.001 * weight.norm() / gradients[0].norm()
+            for number, (value, scale) in enumerate(((weight, trust), (bias, 1.0))):
+                momenta[number] = 0.9 * momenta[number] + scale * gradients[number]
+                value -= 8.0 * 16 / 256 * share * momenta[number]
+    assert [record["loss"] for record in read_metrics(trained.folder)] == pytest.approx(losses, rel=1e-4)
+    for name, expected in (("layer.weight", weight), ("layer.bias", bias)):
+        assert not torch.equal(start[name], end[name])
+        torch.testing.assert_close(end[name], expected.detach(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(end["norm.running_mean"], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(end["norm.running_var"], variance, rtol=1e-4, atol=1e-5)
+
+    queries, _ = features_by_hand(autoencoder_file, labelled / "val")
+    with torch.inference_mode():
+        expected = ((queries - mean) / (variance + 1e-6).sqrt()) @ weight.T + bias
+        scores, _ = outputs_by_hand(convmae.load(trained.checkpoint).eval(), labelled / "val")
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_published_form_learns(labelled, autoencoder_file, tmp_path):
+    steps_of_all_images = {"epochs": 20, "batch_size": 72, "optimizer": LarsOptions(base_lr=90.0)}
+    result = published(labelled, autoencoder_file, tmp_path / "run", **steps_of_all_images)
+    metrics = read_metrics(result.folder)
+    losses = [record["loss"] for record in metrics]
+    assert losses[0] == pytest.approx(math.log(6), abs=0.05)
+    assert losses[-1] < losses[0] - 0.05
+    assert result.top1 == metrics[-1]["top1"] > 0.3  # chance is 1/6
+
+
+def test_a_stopped_run_resumes_bit_for_bit(labelled, autoencoder_file, tmp_path, monkeypatch):
+    straight = published(labelled, autoencoder_file, tmp_path / "straight")
+    batches = classification.LabelledBatches.training
+
+    def stopping(self, epoch, first):
+        for number, batch in enumerate(batches(self, epoch, first), start=first):
+            if (epoch, number) == (2, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(classification.LabelledBatches, "training", stopping)
+        with pytest.raises(Interrupted, match=r"stopped at step 10 of 16: .*continue with --resume"):
+            published(labelled, autoencoder_file, tmp_path / "broken")
+    assert not (tmp_path / "broken" / "probe.json").exists()
+    resumed = published(labelled, autoencoder_file, tmp_path / "broken", resume=True)
+    for name in ("model.safetensors", "checkpoints/step-00000016/head.safetensors"):
+        first, second = (load_file(tmp_path / run / name) for run in ("straight", "broken"))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    states = [read_state(tmp_path / run / "checkpoints/step-00000016") for run in ("straight", "broken")]
+    momenta = [state["optimizer"]["state"][0]["momentum_buffer"] for state in states]
+    assert torch.equal(*momenta)
+    assert replace(resumed, folder=0, checkpoint=0) == replace(straight, folder=0, checkpoint=0)
+
+
+def test_a_run_does_not_go_on_with_other_classes(labelled, autoencoder_file, tmp_path):
+    published(labelled, autoencoder_file, tmp_path / "run", epochs=1)
+    data = shutil.copytree(labelled, tmp_path / "data")
+    for split in ("train", "val"):
+        shutil.rmtree(data / split / "b")
+    with pytest.raises(convmae.UserError, match="another encoder or with other classes: choose another --output"):
+        published(data, autoencoder_file, tmp_path / "run", epochs=2, resume=True)
+
+
+@pytest.mark.parametrize("form", ["fast", "published"])
+def test_a_result_is_never_overwritten(labelled, autoencoder_file, tmp_path, form):
+    first = {"fast": probe, "published": published}[form]
+    first(str(labelled), autoencoder_file, tmp_path / "run", engine=IN_PROCESS)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for again in (probe, published):
+        with pytest.raises(convmae.UserError, match="choose another --output"):
+            again(str(labelled), autoencoder_file, tmp_path / "run", engine=IN_PROCESS)
+    if form == "fast":
+        with pytest.raises(convmae.UserError, match="holds a result: choose another --output"):
+            published(labelled, autoencoder_file, tmp_path / "run", resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("form", ["fast", "published"])
+def test_a_damaged_image_stops_and_skip_damaged_goes_on(labelled, autoencoder_file, tmp_path, form, capsys):
+    data = shutil.copytree(labelled, tmp_path / "data")
+    broken = [data / "train/b/03.png", data / "val/e/01.png"]
+    for path in broken:
+        path.write_bytes(b"no picture")
+    run = published if form == "published" else probe
+    with pytest.raises(convmae.UserError, match=r"png cannot be decoded.*--skip-damaged") as error:
+        run(str(data), autoencoder_file, tmp_path / "run", engine=IN_PROCESS)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "probe.json").exists()
+    result = run(str(data), autoencoder_file, tmp_path / "other", skip_damaged=True, engine=IN_PROCESS)
+    listed = (tmp_path / "other" / "undecodable-images.txt").read_text().splitlines()
+    assert sorted(line.partition(":")[0] for line in listed) == list(map(str, broken))
+    assert "2 images could not be decoded" in capsys.readouterr().out
+    assert (result.top1 * 35) == pytest.approx(round(result.top1 * 35), abs=1e-4)  # 36 images but one
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"neighbours": 0}, "neighbours is 0: it must be at least 1"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"weights": "nothing.pth"}, "no weights at nothing.pth"),
+        ({"image_size": 40}, "40x40 is not divisible by 16"),
+        ({"train_split": "elsewhere"}, "no folder elsewhere/"),
+        ({"data": "no/such/folder"}, "no/such/folder does not exist"),
+        ({"form": "published", "optimizer": LarsOptions(warmup_epochs=90)}, "warm-up of 90 epochs does not fit"),
+        ({"form": "published", "checkpoint": CheckpointOptions(keep=0)}, "keep must be at least 1"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_written(labelled, autoencoder_file, tmp_path, changes, message):
+    usual = {"data": str(labelled), "weights": autoencoder_file, "output": tmp_path / "run", "engine": IN_PROCESS}
+    with pytest.raises(convmae.UserError, match=message) as error:
+        probe(**{**usual, **changes})
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_that_was_not_learned_is_refused(labelled, autoencoder_file, tmp_path):
+    data = shutil.copytree(labelled, tmp_path / "data")
+    (data / "val" / "f").rename(data / "val" / "g")
+    with pytest.raises(convmae.UserError, match="has the class 'g', which the training split lacks"):
+        probe(str(data), autoencoder_file, tmp_path / "run", engine=IN_PROCESS)
+
+
+def test_the_command_line_ends_with_one_line_and_status_2(labelled, autoencoder_file, tmp_path, capsys):
+    given = ["--data", str(labelled), "--weights", str(autoencoder_file), "--output", str(tmp_path / "run")]
+    for flags, message in ((["--neighbours", "0"], "neighbours is 0"), (["--form", "slow"], "--form cannot be 'slow'")):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["probe", *given, *flags])
+        assert end.value.code == 2
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert printed.count("\n") == 1
+    assert not (tmp_path / "run").exists()

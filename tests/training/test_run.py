@@ -1,0 +1,70 @@
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from convmae import UserError
+from convmae.training.checkpoint import CheckpointFolder
+from convmae.training.run import check_positive, checkpoint_to_resume, divide_batch, keep_config, plain_settings
+
+
+@dataclass(frozen=True)
+class Options:
+    betas: tuple[float, float] = (0.9, 0.95)
+    folder: Path | None = Path("a/b")
+
+
+def test_the_first_setting_below_one_is_named():
+    check_positive(epochs=1, batch_size=256)
+    with pytest.raises(UserError, match="batch_size is 0: it must be at least 1"):
+        check_positive(epochs=1, batch_size=0, keep=-3)
+
+
+@pytest.mark.parametrize(("batch", "processes", "accumulate"), [(256, 1, 1), (4096, 8, 4), (6, 3, 2)])
+def test_the_passes_of_all_processes_make_the_batch(batch, processes, accumulate):
+    assert divide_batch(batch, processes, accumulate) * processes * accumulate == batch
+
+
+@pytest.mark.parametrize(("batch", "processes", "accumulate"), [(10, 2, 2), (2, 3, 1), (8, 1, 16)])
+def test_a_batch_that_does_not_divide_is_refused(batch, processes, accumulate):
+    with pytest.raises(UserError, match=rf"{processes} processes x {accumulate} passes: choose a multiple of"):
+        divide_batch(batch, processes, accumulate)
+
+
+def test_a_run_goes_on_only_where_that_was_asked_for(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints")
+    for resume in (False, True):
+        assert checkpoint_to_resume(tmp_path, checkpoints, resume) is None
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="holds a run without checkpoint: start it anew with --resume"):
+        checkpoint_to_resume(tmp_path, checkpoints, resume=False)
+    assert checkpoint_to_resume(tmp_path, checkpoints, resume=True) is None
+    for step in (20, 100):
+        checkpoints.save(step, {"step": step}, lambda folder: None)
+    with pytest.raises(UserError, match="holds a run: continue it with --resume, or choose another --output"):
+        checkpoint_to_resume(tmp_path, checkpoints, resume=False)
+    assert checkpoint_to_resume(tmp_path, checkpoints, resume=True) == tmp_path / "checkpoints" / "step-00000100"
+
+
+def test_plain_settings_are_what_yaml_gives_back():
+    settings = {"options": Options(), "output": Path("runs/x"), "sizes": [(1, 2), None], "lr": 1e-4, "resume": False}
+    plain = plain_settings(settings)
+    assert plain == {
+        "options": {"betas": [0.9, 0.95], "folder": "a/b"},
+        "output": "runs/x",
+        "sizes": [[1, 2], None],
+        "lr": 1e-4,
+        "resume": False,
+    }
+    assert yaml.safe_load(yaml.safe_dump(plain)) == plain
+
+
+def test_the_configuration_is_kept_and_changes_go_beside_it(tmp_path):
+    first, second = {"epochs": 1, "data": "photos"}, {"epochs": 2, "data": "photos"}
+    keep_config(tmp_path, first, 0)
+    keep_config(tmp_path, first, 7)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    keep_config(tmp_path, second, 7)
+    assert list(yaml.safe_load((tmp_path / "config.yaml").read_text()).items()) == list(first.items())  # in this order
+    assert yaml.safe_load((tmp_path / "config-from-step-00000007.yaml").read_text()) == second
