@@ -15,6 +15,12 @@ def golden():
     return lambda name: load_file(GOLDEN / f"{name}.safetensors")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Models this small gain nothing from a second thread, and wait long for it on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)

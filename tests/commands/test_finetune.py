@@ -39,15 +39,6 @@ COLOURS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small gain nothing from a second thread, and wait long for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     """Six classes of coloured noise, 8 images each, 3 for validation; one crimson image lies among the brown ones."""

@@ -35,15 +35,6 @@ IN_PROCESS = EngineOptions("cpu", "float32", 0)
 CLASSES = ["a", "b", "c", "d", "e", "f"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small gain nothing from a second thread, and wait long for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     """Six classes of noise whose colours overlap, 12 images each, 6 for validation; treat it as read-only."""
@@ -296,13 +287,16 @@ def test_a_stopped_run_resumes_bit_for_bit(labelled, autoencoder_file, tmp_path,
     assert replace(resumed, folder=0, checkpoint=0) == replace(straight, folder=0, checkpoint=0)
 
 
-def test_a_run_does_not_go_on_with_other_classes(labelled, autoencoder_file, tmp_path):
+def test_a_run_goes_on_only_with_its_own_classes_and_encoder(labelled, autoencoder_file, classifier_file, tmp_path):
     published(labelled, autoencoder_file, tmp_path / "run", epochs=1)
-    data = shutil.copytree(labelled, tmp_path / "data")
+    fewer, renamed = (shutil.copytree(labelled, tmp_path / name) for name in ("fewer", "renamed"))
     for split in ("train", "val"):
-        shutil.rmtree(data / split / "b")
-    with pytest.raises(convmae.UserError, match="another encoder or with other classes: choose another --output"):
-        published(data, autoencoder_file, tmp_path / "run", epochs=2, resume=True)
+        shutil.rmtree(fewer / split / "b")
+        (renamed / split / "b").rename(renamed / split / "beta")
+    for data, weights in ((fewer, autoencoder_file), (renamed, autoencoder_file), (labelled, classifier_file)):
+        with pytest.raises(convmae.UserError, match="another encoder or with other classes: choose another --output"):
+            published(data, weights, tmp_path / "run", epochs=2, resume=True)
+    assert published(labelled, autoencoder_file, tmp_path / "run", epochs=2, resume=True).checkpoint.exists()
 
 
 @pytest.mark.parametrize("form", ["fast", "published"])

@@ -1,6 +1,9 @@
 """Class folders and labelled data sets: what was written comes back with its class."""
 
+import io
+
 import pytest
+import webdataset
 from PIL import Image
 from torchvision.datasets import FakeData
 
@@ -232,6 +235,57 @@ def test_unknown_torchvision_data_set(monkeypatch, tmp_path):
     assert "Unknown torchvision dataset nonsense" in refusal("torch/nonsense", "train")
 
 
-@pytest.mark.parametrize("data", ["wds/shards-{0..1}.tar", "hfids/some/name", "tfds/name"])
+# Shards
+
+
+def write_shard(path, *samples):
+    """WebDataset's own writer: (value of the picture, number of its class) each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with webdataset.TarWriter(str(path), compress=False) as shard:
+        for value, label in samples:
+            file = io.BytesIO()
+            plain(value).save(file, "PNG")
+            fields = {"png": file.getvalue(), "json": {"value": value}, **({} if label is None else {"cls": label})}
+            shard.write({"__key__": f"some/{value:03d}", **fields})
+
+
+@pytest.fixture
+def shards(tmp_path):
+    write_shard(tmp_path / "set-train-0000.tar", (1, 0), (11, 1))
+    write_shard(tmp_path / "set-train-0001.tar", (21, 2), (2, 0), (99, None))
+    write_shard(tmp_path / "set-validation-0000.tar", (12, 1))
+    return tmp_path
+
+
+def test_shards_are_found_by_the_split_in_their_names(shards):
+    collection = open_labelled_images(f"wds/{shards}", "train")
+    assert collection.classes == ["0", "1", "2"]
+    assert contents(collection) == [("0", 1), ("0", 2), ("1", 11), ("2", 21)]  # what has no class is left out
+    assert [collection.picture_name(index) for index in (0, 3)] == [
+        f"{shards}/set-train-0000.tar/some/001.png",
+        f"{shards}/set-train-0001.tar/some/002.png",
+    ]
+    (shards / "classes.txt").write_text("ant\nbee\ncow\n")
+    collection = open_labelled_images(f"wds/{shards}", "val", ["ant", "bee", "cow"])
+    assert contents(collection) == [("bee", 12)]
+
+
+def test_shards_may_lie_in_folders_of_their_split(tmp_path):
+    write_shard(tmp_path / "train" / "0.tar", (1, 0), (11, 1))
+    assert contents(open_labelled_images(f"wds/{tmp_path}", "train")) == [("0", 1), ("1", 11)]
+
+
+def test_shards_that_cannot_be_used(shards, tmp_path):
+    assert "is no folder: write wds/FOLDER" in refusal(f"wds/{tmp_path}/set-train-{{0000..0001}}.tar", "train")
+    assert "has no shards called extra: name them like extra-0000.tar" in refusal(f"wds/{shards}", "extra")
+    (shards / "classes.txt").write_text("ant\nbee\n")
+    assert "names 2 classes" in refusal(f"wds/{shards}", "train")
+    write_shard(shards / "bare-0.tar", (1, None))
+    assert "no images with a class" in refusal(f"wds/{shards}", "bare")
+    (shards / "damaged-0.tar").write_bytes(b"no tar file" * 100)
+    assert f"the shard {shards}/damaged-0.tar cannot be read" in refusal(f"wds/{shards}", "damaged")
+
+
+@pytest.mark.parametrize("data", ["hfids/some/name", "tfds/name"])
 def test_streams_are_refused(data):
-    assert f"{data} is a stream without a list of classes" in refusal(data, "train")
+    assert f"{data} is a stream, whose order cannot be resumed" in refusal(data, "train")

@@ -6,15 +6,6 @@ from convmae.evaluation.features import extract_features
 from convmae.training.engine import DeviceOptions, start_engine
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On tiny models, threads that wait for each other take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def fabric():
     return start_engine(DeviceOptions(accelerator="cpu", precision="float32"))

@@ -9,15 +9,6 @@ sklearn_linear = pytest.importorskip("sklearn.linear_model")
 preprocessing = pytest.importorskip("sklearn.preprocessing")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Thousands of tiny products, for which threads that wait for each other take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def overlapping(number, num_classes, channels=6):
     """Features of overlapping classes in channels of different scale and offset, and the labels."""
     labels = torch.arange(number) % num_classes

@@ -26,6 +26,11 @@ def test_the_later_line_of_a_step_counts(tmp_path):
     assert [record["loss"] for record in read_metrics(tmp_path)] == [1, 3]
 
 
+def test_half_a_line_does_no_harm(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1}]
+
+
 def test_an_evaluation_joins_the_figures_of_its_step(tmp_path, capsys):
     log = RunLog(tmp_path, LoggingOptions())
     log.start(epochs=3, total_steps=6, step=0)

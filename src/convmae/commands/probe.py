@@ -1,5 +1,6 @@
 """`convmae probe`: how good a frozen encoder's features are, by a linear classifier and by nearest neighbours."""
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -209,14 +211,17 @@ def _published(
     """Train the layer by the recipe."""
     torch.manual_seed(seed)
     probed = ProbedEncoder(network, len(training.classes))
+    identity = {"encoder": _digest(network), "classes": json.dumps(training.classes)}
     checkpoints = CheckpointFolder(output / "checkpoints", checkpoint.keep)
     newest = checkpoint_to_resume(output, checkpoints, resume)
     restored = None
     if newest is not None:
-        head = load_file(newest / _HEAD_FILE)
-        if head["layer.weight"].shape != probed.layer.weight.shape:
-            raise UserError(f"{output} holds a run of another encoder or with other classes: choose another --output")
-        probed.load_state_dict(head, strict=False)
+        with safe_open(newest / _HEAD_FILE, framework="pt") as file:
+            if file.metadata() != identity:
+                raise UserError(
+                    f"{output} holds a run of another encoder or with other classes: choose another --output"
+                )
+        probed.load_state_dict(load_file(newest / _HEAD_FILE), strict=False)
         restored = read_state(newest)
     fabric = start_engine(engine)
     failures = DecodingFailures(output)
@@ -235,7 +240,7 @@ def _published(
 
     def write_head(folder: Path) -> None:
         head = {name: value.contiguous() for name, value in probed.state_dict().items() if "classifier" not in name}
-        save_file(head, folder / _HEAD_FILE)
+        save_file(head, folder / _HEAD_FILE, identity)
 
     plan = Plan(
         epochs=epochs,
@@ -260,6 +265,13 @@ def _published(
         _keep(result, network, probed.linear_probe(), training.classes)
         _print({f"linear layer, {epochs} epochs": accuracy}, result, failures, time.monotonic() - began)
     return result
+
+
+def _digest(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for value in network.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _keep(result: ProbeResult, network: Classifier, fitted: LinearProbe, classes: list[str]) -> None:

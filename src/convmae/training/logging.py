@@ -137,12 +137,16 @@ class RunLog:
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics file by step, the step's evaluation among its figures.
 
-    Where a resumed run wrote a step again, the later figures.
+    Where a resumed run wrote a step again, the later figures. What a power cut left of a line is passed over.
     """
     path = folder / METRICS_FILE
     lines = path.read_text().splitlines() if path.exists() else []
     by_step: dict[int, dict[str, float | None]] = {}
-    for record in map(json.loads, lines):
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
         by_step[record["step"]] = by_step.get(record["step"], {}) | record
     return [
         {name: math.nan if value is None else value for name, value in by_step[step].items()}
