@@ -1,1 +1,1 @@
-"""Operations that torch does not have."""
+"""Operations that torch does not have, or not with a CPU's fastest kernels."""
