@@ -196,8 +196,9 @@ def finetune(
     data: Path, weights: Path | None, output: Path, model: str, image_size: int, steps: int, seed: int
 ) -> float:
     """Top-1 of the last model, so that the test images choose nothing."""
-    batch_size = 50
-    epochs = max(1, steps // (sum(1 for _ in (data / "train").rglob("*.*")) // batch_size))
+    images = sum(1 for _ in (data / "train").rglob("*.*"))
+    batch_size = min(50, images)
+    epochs = max(1, steps // (images // batch_size))
     return convmae.finetune(
         data=str(data),
         weights=weights,
