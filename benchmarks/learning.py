@@ -2,9 +2,9 @@
 
     python benchmarks/learning.py [--data digits] [--seeds 3] [--output runs/learning]
 
-digits: scikit-learn's 1,797 handwritten digits (pip install 'convmae[demo]') at 64x64, margin included. The first
-1,200 are pretrained on without their labels and are the labelled training images too, the other 597 are tested on. Any
-folder of class folders takes their place: two thirds of each class for training, the rest for testing.
+digits: scikit-learn's 1,797 handwritten digits (pip install 'convmae[demo]') at 64x64. The first 1,200 are
+pretrained on without their labels and are the labelled training images too, the other 597 are tested on. Any folder of
+class folders takes their place: two thirds of each class for training, the rest for testing.
 
 Every seed pretrains, probes with all labels and with ten a class, and fine-tunes on both from pretrained weights and
 from scratch. Prints a table of means and ranges over the seeds; beside it in the output's folder, `learning.json` and
@@ -24,7 +24,7 @@ import numpy
 import torch
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +40,7 @@ from convmae.training.optimizer import LayerDecayOptions, OptimizerOptions
 SHOTS = 10  # labelled images a class of the small training set
 TRAINING_DIGITS = 1200
 TRAINING_SHARE = 2 / 3  # of a folder's images
+WHOLE = 1.0  # crop_pct: these pictures have no margin to leave out
 ENGINE = EngineOptions(workers=1)
 # Nothing that turns one digit into another: no flips, no mixing, no erasing.
 CROPS = AugmentationOptions(
@@ -101,8 +102,8 @@ def write_images(data: str, folder: Path) -> None:
     for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = folder / ("train" if number < TRAINING_DIGITS else "val") / str(label) / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        grey = Image.fromarray((pixels * 255 / 16).astype(numpy.uint8)).resize((56, 56), Image.Resampling.BICUBIC)
-        ImageOps.expand(grey, border=4).save(path)  # a margin for what the centre crop of an evaluation leaves out
+        grey = Image.fromarray((pixels * 255 / 16).astype(numpy.uint8))
+        grey.resize((64, 64), Image.Resampling.BICUBIC).save(path)
 
 
 def link_images(source: Path, folder: Path) -> None:
@@ -175,7 +176,11 @@ def run(
         for labels, data in (("all labels", images), (f"{SHOTS} labels a class", few)):
             place = folder / f"{name}, {labels}"
             probed = convmae.probe(
-                str(data), weights, place / "probe", engine=EngineOptions(workers=1, precision="float32")
+                str(data),
+                weights,
+                place / "probe",
+                crop_pct=WHOLE,
+                engine=EngineOptions(workers=1, precision="float32"),
             )
             figures[f"linear probe, {labels}"] = probed.top1
             if data is images:
@@ -207,6 +212,7 @@ def finetune(
         epochs=epochs,
         batch_size=batch_size,
         image_size=image_size,
+        crop_pct=WHOLE,
         evaluate_every_epochs=epochs,
         seed=seed,
         augmentation=CROPS,

@@ -213,6 +213,7 @@ def test_parts_of_another_run_are_refused(images, autoencoder_file, classifier_f
         (lambda: embed(str(images), output, classifier_file, engine=CPU), "weights"),
         (lambda: embed(str(images), output, autoencoder_file, "stage2", engine=CPU), "stage"),
         (lambda: embed(str(images), output, autoencoder_file, image_size=64, engine=CPU), "image size"),
+        (lambda: embed(str(images), output, autoencoder_file, crop_pct=1.0, engine=CPU), "crop_pct"),
         (lambda: embed(str(images), output, autoencoder_file, engine=bf16), "precision"),
         (lambda: embed(str(images / "a"), output, autoencoder_file, engine=CPU), "data, number of images, names"),
     ):

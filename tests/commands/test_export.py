@@ -71,7 +71,7 @@ def test_graphs_carry_what_their_user_must_know(named_classifier_file, tmp_path)
     assert not any("upsample" in name for name in operations)  # of positions that fit already
 
 
-@pytest.mark.parametrize("settings", [{}, {"kernel_size": 3, "mlp_ratio": 2.0, "in_channels": 1}])
+@pytest.mark.parametrize("settings", [{}, {"kernel_size": 3, "mlp_ratio": 2.0, "in_channels": 1, "crop_pct": 0.5}])
 def test_timm_reads_its_folder(tmp_path, settings):
     model = convmae.Classifier(**{**SMALL, "num_classes": 3, "classes": ["a", "b", "c"], **settings}).eval()
     weights.save(tmp_path / "w.safetensors", model.state_dict(), model.settings)
@@ -86,6 +86,7 @@ def test_timm_reads_its_folder(tmp_path, settings):
     data = timm.data.resolve_model_data_config(back)
     assert tuple(data["input_size"]) == (model.in_chans, 32, 32)
     assert len(data["mean"]) == model.in_chans
+    assert data["crop_pct"] == back.crop_pct == model.crop_pct
     other = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5).eval()
     assert other(x).shape == (2, 5)
     assert other.classes is None

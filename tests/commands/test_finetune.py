@@ -79,13 +79,13 @@ def small_run(data, output, weights=None, **changes):
 
 
 @torch.inference_mode()
-def judged_by_hand(weights, data, size=32):
+def judged_by_hand(weights, data, size=32, crop_pct=0.875):
     """Logits (N, 6) and classes (N,) of the validation images, read and cropped one by one."""
     model = convmae.load(weights).eval()
     logits, truth = [], []
     for number, name in enumerate(sorted(COLOURS)):
         for path in sorted((data / "val" / name).iterdir()):
-            image = CenterCrop(size)(Resize(int(size / 0.875), InterpolationMode.BICUBIC)(Image.open(path)))
+            image = CenterCrop(size)(Resize(int(size / crop_pct), InterpolationMode.BICUBIC)(Image.open(path)))
             logits.append(model(PILToTensor()(image)[None])[0])
             truth.append(number)
     return torch.stack(logits), torch.tensor(truth)
@@ -180,6 +180,15 @@ def test_pictures_settings_and_the_classes_are_kept(finished, labelled):
     logits, truth = judged_by_hand(finished.folder, labelled)
     assert truth[10] == sorted(COLOURS).index("green")
     assert one.classes == tuple(sorted(COLOURS)[number] for number in logits[10].topk(5).indices)
+
+
+def test_the_share_that_evaluation_sees_is_kept_with_the_model(labelled, autoencoder_file, tmp_path):
+    result = small_run(labelled, tmp_path / "run", autoencoder_file, epochs=1, crop_pct=0.5)
+    assert convmae.load(result.folder).crop_pct == 0.5
+    assert result.top1 == pytest.approx(share_of_hits(*judged_by_hand(result.folder, labelled, crop_pct=0.5)))
+    logits, _ = judged_by_hand(result.folder, labelled, crop_pct=0.5)
+    (one,) = convmae.predict(str(labelled / "val/green/1.png"), result.folder, engine=DeviceOptions("cpu", "float32"))
+    assert one.probabilities == pytest.approx(logits[10].softmax(dim=0).topk(5).values.tolist(), rel=1e-3)
 
 
 def test_the_best_model_is_that_of_the_first_epoch_with_the_highest_accuracy(finished, labelled):

@@ -64,8 +64,9 @@ def test_a_file_of_features_needs_the_query_only(images, features_file, autoenco
     assert (tmp_path / "n.png").read_bytes() == (tmp_path / "f.png").read_bytes()
 
 
-def test_the_file_s_image_size_holds(images, autoencoder_file, tmp_path):
-    file = embed(str(images), tmp_path / "f.safetensors", autoencoder_file, image_size=64, engine=CPU).output
+@pytest.mark.parametrize("stated", [{"image_size": 64}, {"crop_pct": 0.5}])
+def test_the_file_s_image_size_and_crop_hold(images, autoencoder_file, tmp_path, stated):
+    file = embed(str(images), tmp_path / "f.safetensors", autoencoder_file, **stated, engine=CPU).output
     shutil.copy(next(images.rglob("*.png")), tmp_path / "query.png")
     (found,) = neighbours(str(file), tmp_path / "query.png", autoencoder_file, tmp_path / "n.png", k=1, engine=CPU)
     assert found.similarities[0] == pytest.approx(1, abs=1e-5)

@@ -7,6 +7,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, PILToTensor, Resize
 
 import convmae
+from convmae import weights
 from convmae.commands.predict import predict
 from convmae.training.engine import DeviceOptions
 
@@ -14,10 +15,10 @@ CPU = DeviceOptions("cpu", "float32", 0)
 
 
 @torch.inference_mode()
-def expected(weights, path, size=32):
+def expected(weights, path, size=32, crop_pct=0.875):
     """Softmax of the model's logits on the validation view of an image, (N,)."""
     model = convmae.load(weights, image_size=(size, size)).eval()
-    image = CenterCrop(size)(Resize(int(size / 0.875), InterpolationMode.BICUBIC)(Image.open(path)))
+    image = CenterCrop(size)(Resize(int(size / crop_pct), InterpolationMode.BICUBIC)(Image.open(path)))
     return model(PILToTensor()(image)[None])[0].softmax(dim=0)
 
 
@@ -29,6 +30,19 @@ def test_probabilities_are_the_softmax_of_the_logits(photographs, named_classifi
         values, order = expected(named_classifier_file, one.path, size or 32).sort(descending=True)
         torch.testing.assert_close(torch.tensor(one.probabilities), values, rtol=1e-4, atol=1e-5)
         assert list(one.classes) == [("cat", "dog", "[b]owl")[index] for index in order]
+
+
+def test_the_crop_is_that_of_the_weights_unless_stated(photographs, classifier_file, tmp_path):
+    model = convmae.load_classifier(classifier_file, crop_pct=1.0)
+    weights.save(tmp_path / "whole.safetensors", model.state_dict(), model.settings)
+    path = str(photographs / "a" / "8.png")
+    for file, stated, used in (("whole", None, 1.0), ("whole", 0.875, 0.875), (classifier_file, 0.5, 0.5)):
+        file = tmp_path / f"{file}.safetensors" if file == "whole" else file
+        (one,) = predict(path, file, crop_pct=stated, engine=CPU)
+        values = expected(classifier_file, path, crop_pct=used).sort(descending=True).values
+        torch.testing.assert_close(torch.tensor(one.probabilities), values, rtol=1e-4, atol=1e-5)
+    with pytest.raises(convmae.UserError, match=r"crop_pct is 0\.0: a centre crop keeps a share above 0"):
+        predict(path, classifier_file, crop_pct=0.0, engine=CPU)
 
 
 def test_classes_without_names_are_numbers(photographs, classifier_file):

@@ -206,6 +206,14 @@ def test_centre_crops_are_torchvisions(tmp_path, mode, in_channels, size, resize
         assert (sample["label"], sample["index"], sample["failed"]) == (0, index, [])
 
 
+@pytest.mark.parametrize(("crop_pct", "resized"), [(1.0, 32), (0.8, 40), (0.5, 64)])
+def test_how_much_the_centre_crop_keeps_is_stated(tmp_path, crop_pct, resized):
+    picture = photograph(70, 90)
+    dataset = EvaluationImages(source_of(tmp_path, [picture]), (32, 32), crop_pct=crop_pct)
+    wanted = CenterCrop(32)(Resize(resized, InterpolationMode.BICUBIC)(picture))
+    assert torch.equal(dataset[0]["image"], pil_to_tensor(wanted))
+
+
 def test_centre_crops_of_oblong_size_keep_the_proportions(tmp_path):
     pictures = [photograph(144, 96), photograph(96, 144)]
     dataset = EvaluationImages(source_of(tmp_path, pictures), (28, 56))

@@ -76,7 +76,12 @@ class LabelledBatches:
         on_gpu, ranks, rank = fabric.device.type == "cuda", fabric.world_size, fabric.global_rank
         self._training = build_training_loader(images, batch_size, workers, on_gpu, ranks, rank)
         self._validation = build_evaluation_loader(
-            EvaluationImages(validation, size, channels, skip_damaged), batch_size, workers, on_gpu, ranks, rank
+            EvaluationImages(validation, size, channels, skip_damaged, network.crop_pct),
+            batch_size,
+            workers,
+            on_gpu,
+            ranks,
+            rank,
         )
 
     def __len__(self) -> int:

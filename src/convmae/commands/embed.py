@@ -35,6 +35,7 @@ def embed(
     weights: Path,
     stage: Literal["pooled", "stage1", "stage2", "stage3"] = "pooled",
     image_size: int | None = None,
+    crop_pct: float | None = None,
     batch_size: int = 64,
     skip_damaged: bool = False,
     overwrite: bool = False,
@@ -51,6 +52,7 @@ def embed(
         weights: a run's folder, a checkpoint or a weights file, ours or published.
         stage: pooled, one vector an image; or a map, stage1, stage2 or stage3, at 1/4, 1/8 or 1/16 of the image's size.
         image_size: side of the centre crop that the model sees, a multiple of 16; by default that of the weights.
+        crop_pct: share of the resized shorter side that this crop keeps; by default that of the weights, or 0.875.
         batch_size: images at a time.
         skip_damaged: leave out and list images that cannot be decoded instead of stopping.
         overwrite: replace the output if it exists.
@@ -64,7 +66,7 @@ def embed(
     pictures = open_pictures(data)
     names = [pictures.picture_name(index) for index in range(len(pictures))]
     check_names(output, names)
-    model = load_trained(weights, image_size, engine)
+    model = load_trained(weights, image_size, crop_pct, engine)
     size = "x".join(map(str, model.image_size))
     digest = model.digest()
     run = {
@@ -74,6 +76,7 @@ def embed(
         "weights": digest,
         "stage": stage,
         "image size": size,
+        "crop_pct": model.crop_pct,
         "precision": model.fabric._precision.precision,
     }
     parts = FeatureParts(output.with_name(f"{output.name}.parts"), run)
@@ -88,7 +91,14 @@ def embed(
         raise Interrupted(f"stopped: the same command goes on with what {output}.parts holds", signal.SIGINT) from None
     finally:
         parts.flush()
-    facts = {"stage": stage, "weights": str(weights), "weights_sha256": digest, "image_size": size, "data": str(data)}
+    facts = {
+        "stage": stage,
+        "weights": str(weights),
+        "weights_sha256": digest,
+        "image_size": size,
+        "crop_pct": str(model.crop_pct),
+        "data": str(data),
+    }
     shape = parts.join(output, names, facts)
     damaged = parts.damaged + batches.damaged
     report_damaged(damaged)

@@ -120,6 +120,7 @@ def _write_timm(folder: Path, model: Classifier) -> None:
         "num_classes": model.num_classes,
         "input_size": [settings["in_channels"], height, width],
         "pool_size": [height // PATCH, width // PATCH],
+        "crop_pct": model.crop_pct,
         **_normalisation(model),
     }
     config: dict[str, Any] = {
@@ -142,7 +143,7 @@ def _timm_model(settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     size = next((size for size, known in ENCODERS.items() if known == own), None)
     arguments = {} if size else own
     arguments["img_size"] = settings["image_size"]
-    usual = {"mlp_ratio": 4.0, "kernel_size": 5, "global_pool": "avg"}
+    usual = {"mlp_ratio": 4.0, "kernel_size": 5, "global_pool": "avg", "crop_pct": 224 / 256}
     arguments |= {name: settings[name] for name, value in usual.items() if settings[name] != value}
     return f"convmae_{size or 'base'}", arguments
 

@@ -61,6 +61,7 @@ def finetune(
     accumulate: int = 1,
     image_size: int | tuple[int, int] | None = None,
     in_channels: int | None = None,
+    crop_pct: float | None = None,
     drop_path: float = 0.1,
     ema_decay: float | None = None,
     train_split: str = "train",
@@ -89,6 +90,8 @@ def finetune(
         accumulate: forward and backward passes a step; more need less memory.
         image_size: pixels, one number or [height, width], multiples of 16; by default that of the weights, else 224.
         in_channels: 1 (grey), 3 (RGB) or 4 (RGBA); by default that of the weights, else 3.
+        crop_pct: share of the resized shorter side that the centre crop of an evaluation keeps; by default that of the
+            weights, else 0.875.
         drop_path: rate of stochastic depth in the last block; it grows linearly from 0.
         ema_decay: evaluate and keep a moving average of the weights with this decay; 0.9999 for long runs.
         train_split: split that is trained on.
@@ -126,7 +129,7 @@ def finetune(
     validation = open_labelled_images(data, val_split, classes)
 
     torch.manual_seed(seed)
-    network = _network(weights, model, classes, image_size, in_channels, drop_path)
+    network = _network(weights, model, classes, drop_path, image_size, in_channels, crop_pct)
     size, channels = network.settings["image_size"], network.settings["in_channels"]
     checkpoints = CheckpointFolder(output / "checkpoints", checkpoint.keep)
     newest = checkpoint_to_resume(output, checkpoints, resume)
@@ -213,12 +216,13 @@ def _network(
     weights: Path | None,
     model: str,
     classes: list[str],
+    drop_path: float,
     image_size: int | tuple[int, int] | None,
     in_channels: int | None,
-    drop_path: float,
+    crop_pct: float | None,
 ) -> Classifier:
     """The classifier to begin with; a head of the same classes is kept, a new one begins near zero."""
-    stated: dict[str, Any] = {"image_size": image_size, "in_channels": in_channels}
+    stated: dict[str, Any] = {"image_size": image_size, "in_channels": in_channels, "crop_pct": crop_pct}
     chosen = {name: value for name, value in stated.items() if value is not None}
     if weights is None:
         return create_classifier(model, num_classes=len(classes), classes=classes, drop_path=drop_path, **chosen)

@@ -45,6 +45,11 @@ class TrainedModel:
         return height, width
 
     @property
+    def crop_pct(self) -> float:
+        """Share of the resized shorter side that the centre crop keeps."""
+        return self.network.crop_pct
+
+    @property
     def in_channels(self) -> int:
         """Channels of the images that it is given."""
         return self.network.settings["in_channels"]
@@ -55,15 +60,20 @@ class TrainedModel:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_trained(weights: Path, image_size: int | tuple[int, int] | None, engine: DeviceOptions) -> TrainedModel:
+def load_trained(
+    weights: Path, image_size: int | tuple[int, int] | None, crop_pct: float | None, engine: DeviceOptions
+) -> TrainedModel:
     """The model of any weights file, frozen, on the device that `engine` names; see `load_classifier`.
 
-    image_size: side of the square images it will be given, or height and width; by default those of the weights.
+    image_size: side of the square images it will be given, or height and width; crop_pct: how they are cropped, see
+        EvaluationImages; by default those of the weights.
     """
     settings: dict[str, Any] = {"global_pool": "avg"}  # pooled features exist, whatever the weights were saved without
     if image_size is not None:
         settings["image_size"] = (image_size, image_size) if isinstance(image_size, int) else image_size
         grid_of(settings["image_size"])
+    if crop_pct is not None:
+        settings["crop_pct"] = crop_pct
     file = weights_files.locate(Path(weights))  # Python callers may pass a string
     network = load_classifier(file, **settings)
     fabric = start_engine(engine)
@@ -113,7 +123,7 @@ class OrderedBatches:
         self.damaged: list[str] = []
         self._description, self._first, self._batch_size, self._total = description, first, batch_size, len(pictures)
         self._loader = build_evaluation_loader(
-            EvaluationImages(pictures, model.image_size, model.in_channels, skip_damaged),
+            EvaluationImages(pictures, model.image_size, model.in_channels, skip_damaged, model.crop_pct),
             batch_size,
             model.workers if self._total - first > batch_size else 0,  # for one batch a process is not worth starting
             pin_memory=model.fabric.device.type == "cuda",

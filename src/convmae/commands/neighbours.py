@@ -51,6 +51,7 @@ def neighbours(
     output: Path = Path("neighbours.png"),
     k: int = 8,
     image_size: int | None = None,
+    crop_pct: float | None = None,
     batch_size: int = 64,
     skip_damaged: bool = False,
     engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
@@ -65,6 +66,7 @@ def neighbours(
         output: the picture, PNG.
         k: neighbours of each query, at most 32.
         image_size: side of the centre crop that the model sees, a multiple of 16; by default that of the weights.
+        crop_pct: share of the resized shorter side that this crop keeps; by default that of the weights, or 0.875.
         batch_size: images at a time.
         skip_damaged: leave out and list images that cannot be decoded instead of stopping.
         engine: device and precision.
@@ -80,10 +82,10 @@ def neighbours(
     known = read_features(Path(data)) if Path(data).is_file() and Path(data).suffix.lower() in SUFFIXES else None
     if known is None:
         pictures = open_pictures(data)
-        model = load_trained(weights, image_size, engine)
+        model = load_trained(weights, image_size, crop_pct, engine)
     else:
         pictures = open_files(data, known.paths)
-        model = _matching_model(data, known, weights, image_size, engine)
+        model = _matching_model(data, known, weights, image_size, crop_pct, engine)
     asked, query_features = _pooled(model, queries, batch_size, skip_damaged, "queries")
     if known is None:
         numbers, features = _pooled(model, pictures, batch_size, skip_damaged, "embedding")
@@ -125,15 +127,20 @@ def _pooled(
 
 
 def _matching_model(
-    data: str, known: Features, weights: Path, image_size: int | None, engine: DeviceOptions
+    data: str,
+    known: Features,
+    weights: Path,
+    image_size: int | None,
+    crop_pct: float | None,
+    engine: DeviceOptions,
 ) -> TrainedModel:
-    """The model by which the known features were computed, for images of the same size unless `image_size` says."""
+    """The model by which the known features were computed, for images of the same size and crop unless stated."""
     if known.facts["stage"] != "pooled":
         raise UserError(
             f"{data} holds maps of {known.facts['stage']}: give a file that embed wrote with --stage pooled"
         )
     height, width = map(int, known.facts["image_size"].split("x"))
-    model = load_trained(weights, image_size or (height, width), engine)
+    model = load_trained(weights, image_size or (height, width), crop_pct or float(known.facts["crop_pct"]), engine)
     wide, wanted = known.features.shape[1], model.network.num_features
     if wide != wanted:
         raise UserError(f"the features in {data} are {wide} wide, those of {weights} {wanted}: give the same weights")

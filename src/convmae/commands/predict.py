@@ -35,6 +35,7 @@ def predict(
     output: Path | None = None,
     top: int = 5,
     image_size: int | None = None,
+    crop_pct: float | None = None,
     batch_size: int = 64,
     skip_damaged: bool = False,
     engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
@@ -47,6 +48,7 @@ def predict(
         output: a CSV file with a row for each image: path, class_1, probability_1, class_2, ...
         top: classes to name for each image; the terminal shows three.
         image_size: side of the centre crop that the model sees, a multiple of 16; by default that of the weights.
+        crop_pct: share of the resized shorter side that this crop keeps; by default that of the weights, or 0.875.
         batch_size: images at a time.
         skip_damaged: leave out and list images that cannot be decoded instead of stopping.
         engine: device and precision.
@@ -58,7 +60,7 @@ def predict(
     if output is not None:
         output = checked_output(output, (".csv",))
     pictures = open_pictures(images)
-    model = load_trained(weights, image_size, engine)
+    model = load_trained(weights, image_size, crop_pct, engine)
     network = model.network
     if not network.num_classes:
         raise UserError(f"{weights} has no classification head: fine-tune first, with convmae finetune")

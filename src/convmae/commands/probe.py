@@ -97,6 +97,7 @@ def probe(
     epochs: int = 90,
     batch_size: int = 256,
     image_size: int | tuple[int, int] | None = None,
+    crop_pct: float | None = None,
     train_split: str = "train",
     val_split: str = "val",
     skip_damaged: bool = False,
@@ -122,6 +123,8 @@ def probe(
         epochs: passes over the training images (published form).
         batch_size: images at a time; in the published form a step's over all devices, the paper's is 4096.
         image_size: pixels, one number or [height, width], multiples of 16; by default that of the weights.
+        crop_pct: share of the resized shorter side that the centre crop of an evaluation keeps; by default that of the
+            weights, else 0.875.
         train_split: split that is learned from.
         val_split: split that is judged on.
         skip_damaged: leave out and list images that cannot be decoded instead of stopping.
@@ -145,7 +148,8 @@ def probe(
     )
     training = open_labelled_images(data, train_split)
     validation = open_labelled_images(data, val_split, training.classes)
-    chosen: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
+    stated: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct}
+    chosen = {name: value for name, value in stated.items() if value is not None}
     network = load_classifier(weights, num_classes=0, **chosen)
     holds_run = (output / "checkpoints").exists()  # of the published form, which alone can go on with it
     if (holds_run and form == "fast") or ((output / RESULT_FILE).exists() and not holds_run):
@@ -162,7 +166,8 @@ def probe(
     network.to(fabric.device)
 
     def features_of(source: ImageCollection) -> tuple[Tensor, Tensor]:
-        images = EvaluationImages(source, network.settings["image_size"], network.settings["in_channels"], skip_damaged)
+        size, channels = network.settings["image_size"], network.settings["in_channels"]
+        images = EvaluationImages(source, size, channels, skip_damaged, network.crop_pct)
         loader = build_evaluation_loader(images, batch_size, loader_workers(engine, fabric))
 
         def batches() -> Iterator[dict[str, Any]]:

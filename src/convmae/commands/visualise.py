@@ -33,6 +33,7 @@ def visualise(
     output: Path = Path("visualise.png"),
     count: int = 8,
     image_size: int = 448,
+    crop_pct: float | None = None,
     token: tuple[int, int] | None = None,
     head: int | None = None,
     skip_damaged: bool = False,
@@ -49,6 +50,7 @@ def visualise(
         output: the picture, PNG.
         count: at most so many images, spread over the folder; up to 64.
         image_size: side of the centre crop that the model sees, a multiple of 16; larger gives finer maps.
+        crop_pct: share of the resized shorter side that this crop keeps; by default that of the weights, or 0.875.
         token: row and column of the token, from 0 to image_size / 16 - 1; by default the one at the centre.
         head: number of the attention head, from 0; by default the mean over all.
         skip_damaged: leave out and list images that cannot be decoded instead of stopping.
@@ -67,12 +69,12 @@ def visualise(
             f"{height - 1}, {width - 1}, or a larger image_size"
         )
     pictures = open_pictures(images)
-    model = load_trained(weights, image_size, engine)
+    model = load_trained(weights, image_size, crop_pct, engine)
     attention: Any = model.network.encoder.stage3[-1].attn
     if head is not None and not 0 <= head < attention.num_heads:
         raise UserError(f"there is no head {head}: the last block has heads 0 to {attention.num_heads - 1}")
 
-    dataset = EvaluationImages(pictures, model.image_size, model.in_channels, skip_damaged)
+    dataset = EvaluationImages(pictures, model.image_size, model.in_channels, skip_damaged, model.crop_pct)
     count = min(count, len(pictures))
     chosen = [number * len(pictures) // count for number in range(count)]
     samples = [dataset[number] for number in chosen]

@@ -29,8 +29,6 @@ from convmae.data.sampler import ResumableSampler, seeded
 from convmae.data.sources import ImageCollection
 from convmae.errors import UserError
 
-_CROP_SHARE = 224 / 256  # of the resized shorter side that the centre crop keeps: resize 256, crop 224
-
 
 @dataclass(frozen=True)
 class AugmentationOptions:
@@ -142,15 +140,20 @@ class LabelledTrainingImages(Dataset):
 
 
 class EvaluationImages(Dataset):
-    """Centre crops by index: the shorter side resized to 256 / 224 of the crop, bicubic."""
+    """Centre crops by index: the shorter side resized, bicubic, of which the crop keeps the share crop_pct."""
 
     def __init__(
-        self, source: ImageCollection, image_size: tuple[int, int], in_channels: int = 3, skip_damaged: bool = False
+        self,
+        source: ImageCollection,
+        image_size: tuple[int, int],
+        in_channels: int = 3,
+        skip_damaged: bool = False,
+        crop_pct: float = 224 / 256,
     ) -> None:
         pillow_mode(in_channels)
         self.source, self.in_channels, self.skip_damaged = source, in_channels, skip_damaged
         self._transform: Callable[[Image.Image], Tensor] = create_transform(
-            (3, *image_size), crop_pct=_CROP_SHARE, interpolation="bicubic", normalize=False
+            (3, *image_size), crop_pct=crop_pct, interpolation="bicubic", normalize=False
         )
 
     def __len__(self) -> int:

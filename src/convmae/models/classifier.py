@@ -23,6 +23,8 @@ class Classifier(nn.Module):
     num_classes: 0 leaves out the linear layer. classes: their names, num_classes of them.
     drop_rate: of the dropout before the linear layer.
     global_pool: "avg" for the mean and its LayerNorm, "" for neither.
+    crop_pct: share of the resized shorter side that the centre crop of an evaluation keeps, in (0, 1], timm's name;
+        recorded for whoever prepares images.
 
     The position embedding is trainable. `load_state_dict` takes whatever `checkpoint_filter_fn` does.
     """
@@ -43,12 +45,16 @@ class Classifier(nn.Module):
         drop_rate: float = 0.0,
         global_pool: str = "avg",
         classes: Sequence[str] | None = None,
+        crop_pct: float = 224 / 256,
     ) -> None:
         super().__init__()
         if classes is not None and len(classes) != num_classes:
             raise UserError(f"{len(classes)} names for {num_classes} classes: give a name to each")
+        if not 0 < crop_pct <= 1:
+            raise UserError(f"crop_pct is {crop_pct}: a centre crop keeps a share above 0 and up to 1")
         self.num_classes = num_classes
         self.classes = None if classes is None else list(classes)
+        self.crop_pct = crop_pct
         self.in_chans = in_channels  # timm's name
         self.num_features = self.head_hidden_size = widths[2]
         self.encoder = ConvViT(
@@ -69,7 +75,12 @@ class Classifier(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """What a weights file records, so that `load` builds the same model."""
-        own = {"num_classes": self.num_classes, "global_pool": self.global_pool, "classes": self.classes}
+        own = {
+            "num_classes": self.num_classes,
+            "global_pool": self.global_pool,
+            "classes": self.classes,
+            "crop_pct": self.crop_pct,
+        }
         return {**self.encoder.settings, **own}
 
     @property
