@@ -159,7 +159,6 @@ def run(
         image_size=image_size,
         norm_pix=False,
         complementary_sets=4,
-        crop_scale=(0.5, 1.0),
         seed=seed,
         optimizer=OptimizerOptions(base_lr=base_lr, warmup_epochs=epochs / 10),
         engine=ENGINE,
