@@ -54,9 +54,9 @@ def main(
     output: Path = Path("runs/learning"),
     model: str = "tiny",
     image_size: int = 64,
-    epochs: int = 85,
-    batch_size: int = 32,
-    base_lr: float = 1.6e-2,
+    epochs: int = 100,
+    batch_size: int = 64,
+    base_lr: float = 8e-3,
     finetune_steps: int = 400,
 ) -> None:
     """Run what is missing and print the table.

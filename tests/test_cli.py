@@ -18,6 +18,17 @@ def run(capsys, *arguments):
     return status, captured.out, captured.err
 
 
+def test_ctrl_c_ends_without_a_traceback(capsys, monkeypatch):
+    def interrupted(model: str = "base"):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "info", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["info"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "convmae: stopped\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import re
+import signal
 import sys
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
@@ -65,6 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error))
     except OSError as error:  # a folder that cannot be written, a full disk
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}; choose a path that can be read and written")
+    except KeyboardInterrupt:
+        print("convmae: stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Interrupted as stopped:
         if str(stopped):
             Console(stderr=True, highlight=False).print(str(stopped), markup=False, soft_wrap=True)

@@ -240,6 +240,8 @@ def test_hugging_face_data_sets_are_read(photographs, autoencoder_file, tmp_path
     made = embed(f"hfds/{photographs}", tmp_path / "f.parquet", autoencoder_file, engine=CPU)
     assert made.shape == (10, 32)
     assert read_features(made.output).paths[3] == "row 3"
+    with pytest.raises(convmae.UserError, match=r"split validation, cannot be opened"):
+        embed(f"hfds/{photographs}", tmp_path / "g.parquet", autoencoder_file, split="validation", engine=CPU)
 
 
 def test_mistakes_are_one_line(images, autoencoder_file, tmp_path, monkeypatch):

@@ -123,6 +123,7 @@ def test_mistakes_are_one_line_and_leave_nothing(classifier_file, tmp_path, monk
     (tmp_path / "foreign.pth").write_bytes(b"no weights")
     out = tmp_path / "out"
     for arguments, message in (
+        ((classifier_file, "coreml", out / "m.mlmodel"), "format cannot be 'coreml': choose one of onnx"),
         ((classifier_file, "onnx", out / "m.pt2"), r"ends in \.onnx"),
         ((classifier_file, "torch-export", out / "m.onnx"), r"ends in \.pt2"),
         ((classifier_file, "reference", out / "m.safetensors"), r"ends in \.pth or \.pt"),

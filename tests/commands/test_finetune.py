@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torchvision.transforms import CenterCrop, InterpolationMode, PILToTensor, Resize
 
 import convmae
-from convmae import cli
+from convmae import cli, weights
 from convmae.commands import classification
 from convmae.commands.finetune import finetune
 from convmae.data.augmentation import NO_AUGMENTATION, AugmentationOptions
@@ -360,6 +360,40 @@ def test_two_passes_make_the_step_of_one_large_batch(labelled, autoencoder_file,
 def test_evaluations_may_be_rarer_than_epochs(labelled, autoencoder_file, tmp_path):
     result = small_run(labelled, tmp_path / "run", autoencoder_file, epochs=5, evaluate_every_epochs=2)
     assert [record["step"] for record in read_metrics(result.folder) if "top1" in record] == [12, 24, 30]
+
+
+def test_a_damaged_validation_image_loses_no_training(copied, autoencoder_file, tmp_path):
+    (copied / "val" / "green" / "1.png").write_bytes(b"no picture")
+    rarely = {"epochs": 2, "checkpoint": CheckpointOptions(every_epochs=100)}
+    with pytest.raises(convmae.UserError, match=r"green/1.png cannot be decoded.*--skip-damaged"):
+        small_run(copied, tmp_path / "run", autoencoder_file, **rarely)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]
+    result = small_run(copied, tmp_path / "run", autoencoder_file, resume=True, skip_damaged=True, **rarely)
+    assert result.steps == 12
+    assert [record["step"] for record in read_metrics(result.folder) if "top1" in record] == [12]
+
+
+def test_without_one_validation_image_nothing_is_judged(copied, autoencoder_file, tmp_path):
+    for path in (copied / "val").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(convmae.UserError, match="no validation image can be decoded"):
+        small_run(copied, tmp_path / "run", autoencoder_file, epochs=1, skip_damaged=True)
+
+
+def test_a_best_model_that_was_moved_away_is_found_anew(labelled, autoencoder_file, tmp_path, monkeypatch):
+    once = {"checkpoint": EVERY_EPOCH, "epochs": 3}
+    small_run(labelled, tmp_path / "run", autoencoder_file, **once)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000018")
+    (tmp_path / "run" / "best").rename(tmp_path / "deployed")
+    result = small_run(labelled, tmp_path / "run", autoencoder_file, resume=True, **once)
+    assert result.top1 == pytest.approx(share_of_hits(*judged_by_hand(result.checkpoint, labelled)))
+
+
+def test_weights_without_pooling_are_pooled(labelled, tmp_path):
+    model = convmae.create_classifier("tiny", image_size=32, num_classes=0, global_pool="")
+    weights.save(tmp_path / "maps.safetensors", model.state_dict(), model.settings)
+    result = small_run(labelled, tmp_path / "run", tmp_path / "maps.safetensors", epochs=1)
+    assert convmae.load(result.folder)(torch.zeros(2, 3, 32, 32)).shape == (2, 6)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -1,5 +1,6 @@
 """What embed, neighbours, predict and visualise share."""
 
+import os
 import shutil
 
 import pytest
@@ -40,9 +41,16 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     ):
         with pytest.raises(convmae.UserError, match=message):
             open_pictures(str(images))
-    monkeypatch.setattr("convmae.commands.inference.open_images", lambda data: ImageStream(data, None, 1))
+    monkeypatch.setattr("convmae.commands.inference.open_images", lambda data, split: ImageStream(data, None, 1))
     with pytest.raises(convmae.UserError, match="is a stream"):
         open_pictures("wds/shards-0.tar")
+
+
+def test_names_that_no_file_can_hold_are_refused(photographs, tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    shutil.copy(next(photographs.rglob("*.png")), name)
+    with pytest.raises(convmae.UserError, match=r"caf\\udce9.png' is not valid UTF-8: rename it"):
+        open_pictures(str(tmp_path))
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path):
@@ -60,7 +68,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path):
 
 
 def test_batches_know_where_they_stand_and_what_was_damaged(photographs, autoencoder_file, tmp_path):
-    model = load_trained(autoencoder_file, None, CPU)
+    model = load_trained(autoencoder_file, None, None, CPU)
     shutil.copytree(photographs, tmp_path / "images")
     pictures = open_pictures(str(tmp_path / "images"))
     for index in (1, 4, 5, 8, 9):
@@ -75,8 +83,8 @@ def test_batches_know_where_they_stand_and_what_was_damaged(photographs, autoenc
 
 def test_impossible_settings_are_one_line(photographs, autoencoder_file, tmp_path):
     with pytest.raises(convmae.UserError, match="not divisible by 16"):
-        load_trained(autoencoder_file, 40, CPU)
+        load_trained(autoencoder_file, 40, None, CPU)
     with pytest.raises(convmae.UserError, match="no weights at"):
-        load_trained(tmp_path / "nothing", None, CPU)
+        load_trained(tmp_path / "nothing", None, None, CPU)
     with pytest.raises(convmae.UserError, match="at least 1"):
-        OrderedBatches(load_trained(autoencoder_file, None, CPU), open_pictures("demo"), 0, False, "test")
+        OrderedBatches(load_trained(autoencoder_file, None, None, CPU), open_pictures("demo"), 0, False, "test")

@@ -111,13 +111,24 @@ def test_mistakes_are_one_line(images, features_file, autoencoder_file, classifi
         ({"data": tmp_path / "alone", "query": tmp_path / "alone" / query.name}, "no image but the query"),
         ({"data": maps}, "holds maps of stage3"),
         ({"data": tmp_path / "other.safetensors"}, "holds no features"),
-        ({"data": features_file, "weights": tmp_path / "wide.safetensors"}, "are 32 wide, those of .* 192"),
+        ({"data": features_file, "weights": tmp_path / "wide.safetensors"}, "was computed with other weights"),
         ({"data": features_file, "weights": classifier_file}, "was computed with other weights"),
     ):
         with pytest.raises(convmae.UserError, match=message) as error:
             call(**wrong)
         assert "\n" not in str(error.value)
         assert not output.exists()
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(
+        embed(str(images), tmp_path / "f.parquet", autoencoder_file, skip_damaged=True, engine=CPU).output
+    )
+    parquet.write_table(table.replace_schema_metadata(), tmp_path / "bare.parquet")
+    lists = table["features"].combine_chunks()
+    plain = lists.cast("list<element: float>")
+    parquet.write_table(table.set_column(1, "features", plain), tmp_path / "rewritten.parquet")
+    for name, message in (("bare", "does not say how it was computed"), ("rewritten", "holds no features")):
+        with pytest.raises(convmae.UserError, match=message):
+            call(data=tmp_path / f"{name}.parquet")
     shutil.copy(query, tmp_path / "query.png")
     shutil.rmtree(images)
     with pytest.raises(convmae.UserError, match="cannot be opened for the picture, give the images themselves"):

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 import convmae
 from convmae.evaluation import feature_files
-from convmae.evaluation.feature_files import FeatureParts, check_names, read_features
+from convmae.evaluation.feature_files import FeatureParts, read_features
 
 FACTS = {"stage": "pooled", "weights": "w"}
 
@@ -58,8 +58,3 @@ def test_foreign_files_are_refused(tmp_path, suffix):
     for name in (f"text{suffix}", "other.safetensors"):
         with pytest.raises(convmae.UserError, match="holds no features: give a file that convmae embed wrote"):
             read_features(tmp_path / name)
-
-
-def test_names_that_no_file_can_hold_are_refused(tmp_path):
-    with pytest.raises(convmae.UserError, match="not valid UTF-8"):
-        check_names(tmp_path / "f.safetensors", ["\udcff.png"])

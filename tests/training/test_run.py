@@ -6,7 +6,14 @@ import yaml
 
 from convmae import UserError
 from convmae.training.checkpoint import CheckpointFolder
-from convmae.training.run import check_positive, checkpoint_to_resume, divide_batch, keep_config, plain_settings
+from convmae.training.run import (
+    check_choice,
+    check_positive,
+    checkpoint_to_resume,
+    divide_batch,
+    keep_config,
+    plain_settings,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,19 @@ def test_a_run_goes_on_only_where_that_was_asked_for(tmp_path):
     with pytest.raises(UserError, match="holds a run: continue it with --resume, or choose another --output"):
         checkpoint_to_resume(tmp_path, checkpoints, resume=False)
     assert checkpoint_to_resume(tmp_path, checkpoints, resume=True) == tmp_path / "checkpoints" / "step-00000100"
+
+
+def test_the_model_of_another_command_is_not_mixed_with_a_run(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    for resume in (False, True):
+        with pytest.raises(UserError, match="holds another command's model: choose another --output"):
+            checkpoint_to_resume(tmp_path, CheckpointFolder(tmp_path / "checkpoints"), resume=resume)
+
+
+def test_choices_are_named():
+    check_choice("form", "fast", ("fast", "published"))
+    with pytest.raises(UserError, match="form cannot be 'slow': choose one of fast, published"):
+        check_choice("form", "slow", ("fast", "published"))
 
 
 def test_plain_settings_are_what_yaml_gives_back():

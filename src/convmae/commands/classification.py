@@ -24,7 +24,7 @@ from convmae.errors import UserError
 from convmae.evaluation.accuracy import Accuracy, evaluate
 from convmae.models.classifier import Classifier
 from convmae.training.checkpoint import CheckpointFolder
-from convmae.training.logging import RunLog, read_metrics
+from convmae.training.logging import RunLog
 from convmae.training.loop import Plan, Position, train
 
 
@@ -45,6 +45,14 @@ class Supervised(nn.Module):
     def forward(self, batch: tuple[Tensor, Tensor]) -> Supervision:
         images, targets = batch
         return Supervision(self.criterion(self.classifier(images).float(), targets))
+
+
+class Trained(NamedTuple):
+    """Where a run ended, the accuracy then, and the highest where this run and not an earlier part reached it."""
+
+    position: Position
+    last: Accuracy
+    best: Accuracy | None
 
 
 class LabelledBatches:
@@ -122,28 +130,29 @@ def train_classifier(
     restored: dict[str, Any] | None,
     judged: nn.Module,
     save_best: Callable[[], None] = lambda: None,
+    best_top1: float = -1.0,
     evaluate_every_epochs: int = 1,
     after_step: Callable[[int], None] = lambda step: None,
-) -> tuple[Position, Accuracy]:
+) -> Trained:
     """Train to the end of the plan, see `convmae.training.loop.train`, with evaluations after epochs.
 
-    judged: images -> logits, what is evaluated. save_best: called in one process whenever its top-1 is the highest yet.
-
-    Returns where the run ended and the accuracy of `judged` as it is then.
+    judged: images -> logits, what is evaluated. save_best: called in one process whenever its top-1 is the highest yet,
+    of a resumed run higher than best_top1.
     """
-    before = read_metrics(log.folder) if restored else []
-    best_top1 = max((record["top1"] for record in before if "top1" in record), default=-1.0)
     accuracy: Accuracy | None = None
+    best: Accuracy | None = None
 
     def after_epoch(epoch: int) -> None:
-        nonlocal best_top1, accuracy
+        nonlocal best_top1, accuracy, best
         if message := batches.failures.warning():
             log.say(message, style="bold red")
         if (epoch + 1) % evaluate_every_epochs and epoch + 1 < plan.epochs:
             return
         accuracy = evaluate(fabric, judged, batches.validation(), batches.num_classes)
+        if not accuracy.confusion.sum():
+            raise UserError("no validation image can be decoded: check the files")
         if accuracy.top1 > best_top1:
-            best_top1 = accuracy.top1
+            best_top1, best = accuracy.top1, accuracy
             if fabric.is_global_zero:
                 save_best()
         figures = {"top1": accuracy.top1, "top5": accuracy.top5, "validation_loss": accuracy.loss}
@@ -157,4 +166,4 @@ def train_classifier(
     if accuracy is None:  # resumed after its last step
         after_epoch(plan.epochs - 1)
     assert accuracy is not None
-    return position, accuracy
+    return Trained(position, accuracy, best)

@@ -14,6 +14,7 @@ from convmae.evaluation.feature_files import SUFFIXES, FeatureParts, check_names
 from convmae.evaluation.features import extract_features
 from convmae.training.engine import DeviceOptions
 from convmae.training.loop import Interrupted
+from convmae.training.run import check_choice
 
 _STAGES = {"pooled": None, "stage1": 1, "stage2": 2, "stage3": 3}
 
@@ -37,6 +38,7 @@ def embed(
     image_size: int | None = None,
     crop_pct: float | None = None,
     batch_size: int = 64,
+    split: str = "train",
     skip_damaged: bool = False,
     overwrite: bool = False,
     engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
@@ -54,16 +56,18 @@ def embed(
         image_size: side of the centre crop that the model sees, a multiple of 16; by default that of the weights.
         crop_pct: share of the resized shorter side that this crop keeps; by default that of the weights, or 0.875.
         batch_size: images at a time.
+        split: of a Hugging Face data set.
         skip_damaged: leave out and list images that cannot be decoded instead of stopping.
         overwrite: replace the output if it exists.
         engine: device and precision.
 
     Raises UserError for input that cannot work, and Interrupted after Ctrl-C; neither loses what was computed.
     """
+    check_choice("stage", stage, tuple(_STAGES))
     output = checked_output(output, SUFFIXES)
     if output.exists() and not overwrite:
         raise UserError(f"{output} exists: replace it with --overwrite, or choose another --output")
-    pictures = open_pictures(data)
+    pictures = open_pictures(data, split)
     names = [pictures.picture_name(index) for index in range(len(pictures))]
     check_names(output, names)
     model = load_trained(weights, image_size, crop_pct, engine)
@@ -102,5 +106,7 @@ def embed(
     shape = parts.join(output, names, facts)
     damaged = parts.damaged + batches.damaged
     report_damaged(damaged)
-    Console().print(f"features {' x '.join(map(str, shape))} of {shape[0]} images: {output}", soft_wrap=True)
+    Console().print(
+        f"features {' x '.join(map(str, shape))} of {shape[0]} images: {output}", markup=False, soft_wrap=True
+    )
     return Embedding(output, shape, damaged)

@@ -15,6 +15,7 @@ from convmae.errors import UserError
 from convmae.models.classifier import Classifier
 from convmae.models.encoder import PATCH, grid_of
 from convmae.models.registry import ENCODERS, default_cfgs, load, load_classifier
+from convmae.training.run import check_choice
 
 _SUFFIXES = {"onnx": (".onnx",), "torch-export": (".pt2",), "reference": (".pth", ".pt")}
 
@@ -42,6 +43,7 @@ def export(
 
     Returns the path of the output. Raises UserError for weights or an output that cannot work.
     """
+    check_choice("format", format, (*_SUFFIXES, "timm"))
     output = _checked(Path(output), format, overwrite)  # Python callers may pass a string
     if format == "onnx":
         _check_onnx()
@@ -49,14 +51,15 @@ def export(
     if image_size is not None:
         grid_of((image_size, image_size))
         settings["image_size"] = (image_size, image_size)
+    pooled = {**settings, "global_pool": "avg"}  # whatever the weights were saved without
     folder = output if format == "timm" else output.parent
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
         file = Path(temporary) / output.name
         match format:
             case "onnx":
-                _write_onnx(file, load_classifier(weights, **settings).eval())
+                _write_onnx(file, load_classifier(weights, **pooled).eval())
             case "torch-export":
-                _write_program(file, load_classifier(weights, **settings).eval())
+                _write_program(file, load_classifier(weights, **pooled).eval())
             case "timm":
                 _write_timm(file.parent, load_classifier(weights, **settings))
             case "reference":

@@ -81,7 +81,7 @@ def finetune(
     """Fine-tune a pretrained encoder to classify images, or train one from scratch.
 
     Args:
-        data: a folder with train/CLASS/images and val/CLASS/images; hfds/NAME or torch/NAME (torchvision's).
+        data: a folder with train/CLASS/images and val/CLASS/images; wds/FOLDER, hfds/NAME or torch/NAME.
         weights: a pretraining run, checkpoint or file, ours or published; left out, training starts from scratch.
         model: size, for training from scratch: tiny, small, base, large or huge.
         output: folder of the run: configuration, metrics, pictures, checkpoints, the best model.
@@ -160,8 +160,8 @@ def finetune(
         raise UserError(f"{data} has too few images for {accumulate} passes: lower --accumulate")
     adamw = build_optimizer(network, optimizer, batch_size)
     schedule = build_schedule(adamw, optimizer, epochs, steps_per_epoch)
-    trained = cast(nn.Module, torch.compile(network)) if compile else network
-    wrapped, wrapped_optimizer = fabric.setup(Supervised(trained), adamw)
+    compiled = cast(nn.Module, torch.compile(network)) if compile else network
+    wrapped, wrapped_optimizer = fabric.setup(Supervised(compiled), adamw)
     average = _average(network, ema_decay, newest)
     judged = network if average is None else cast(Classifier, average.module)
     torch.manual_seed(mixed_seed(seed, fabric.global_rank))  # dropped paths differ between processes
@@ -201,15 +201,18 @@ def finetune(
     )
     began = time.monotonic()
     try:
-        position, _ = train_classifier(
+        trained = train_classifier(
             fabric, wrapped, wrapped_optimizer, schedule, batches, plan, checkpoints, write_model, log, restored,
-            judged, lambda: replace_file(best, lambda path: _save(path, judged)), evaluate_every_epochs, after_step,
+            judged, lambda: replace_file(best, lambda path: _save(path, judged)), _best_top1(output, best, restored),
+            evaluate_every_epochs, after_step,
         )  # fmt: skip
-        fill(judged, weights_files.read(best)[0])
-        accuracy = evaluate(fabric, judged, batches.validation(), len(classes))
+        accuracy = trained.best
+        if accuracy is None:
+            fill(judged, weights_files.read(best)[0])
+            accuracy = evaluate(fabric, judged, batches.validation(), len(classes))
     finally:
         log.finish()
-    return _finish(log, output, best.parent, accuracy, classes, position, time.monotonic() - began)
+    return _finish(log, output, best.parent, accuracy, classes, trained.position, time.monotonic() - began)
 
 
 def _network(
@@ -226,12 +229,20 @@ def _network(
     chosen = {name: value for name, value in stated.items() if value is not None}
     if weights is None:
         return create_classifier(model, num_classes=len(classes), classes=classes, drop_path=drop_path, **chosen)
-    network = load_classifier(weights, drop_path=drop_path, **chosen)
+    network = load_classifier(weights, drop_path=drop_path, global_pool="avg", **chosen)
     if network.num_classes != len(classes) or network.classes not in (None, classes):
         network.reset_classifier(len(classes))
         nn.init.trunc_normal_(cast(nn.Linear, network.head).weight, std=2e-5)
     network.classes = classes
     return network
+
+
+def _best_top1(output: Path, best: Path, restored: dict[str, Any] | None) -> float:
+    """The top-1 that a resumed run must exceed to replace its best model; below 0 where it has none."""
+    if restored is None or not best.exists():
+        return -1.0
+    before = [record for record in read_metrics(output) if record["step"] <= restored["step"]]
+    return max((record["top1"] for record in before if "top1" in record), default=-1.0)
 
 
 def _average(network: Classifier, decay: float | None, checkpoint: Path | None) -> ModelEmaV3 | None:

@@ -81,11 +81,11 @@ def load_trained(
     return TrainedModel(network, fabric, file, loader_workers(engine, fabric))
 
 
-def open_pictures(images: str | Path) -> ImageCollection:
+def open_pictures(images: str | Path, split: str = "train") -> ImageCollection:
     """An image, a folder of images at any depth, `hfds/NAME`, or the `demo` photographs.
 
-    Files are called by their paths. Raises UserError where there is nothing to read, and for streams, which have no
-    order.
+    Files are called by their paths. split: of a Hugging Face data set. Raises UserError where there is nothing to read,
+    for streams, which have no order, and for a path that cannot be written down.
     """
     path = Path(images)
     if path.is_file():
@@ -94,12 +94,18 @@ def open_pictures(images: str | Path) -> ImageCollection:
         return open_files(str(images), [str(images)])
     if str(images) == "demo":
         return open_files("demo", [str(photograph) for photograph in demo_photographs()])
-    source = open_images(images)
+    source = open_images(images, split)
     if not isinstance(source, ImageCollection):
         raise UserError(f"{images} is a stream, whose images come in no order: give a folder of images or hfds/NAME")
     if not path.is_dir():
         return source
-    return open_files(str(images), [str(path / source.picture_name(index)) for index in range(len(source))])
+    names = [str(path / source.picture_name(index)) for index in range(len(source))]
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the name of {name!a} is not valid UTF-8: rename it") from error
+    return open_files(str(images), names)
 
 
 class OrderedBatches:

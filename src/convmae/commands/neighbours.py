@@ -53,6 +53,7 @@ def neighbours(
     image_size: int | None = None,
     crop_pct: float | None = None,
     batch_size: int = 64,
+    split: str = "train",
     skip_damaged: bool = False,
     engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
 ) -> list[Neighbours]:
@@ -63,11 +64,12 @@ def neighbours(
             features that embed wrote, which saves computing them.
         query: an image, or a folder of at most 8 images; left out of its own neighbours.
         weights: a run's folder, a checkpoint or a weights file, ours or published; those of the file of features.
-        output: the picture, PNG.
+        output: the picture, .png, .jpg, .pdf or .svg.
         k: neighbours of each query, at most 32.
         image_size: side of the centre crop that the model sees, a multiple of 16; by default that of the weights.
         crop_pct: share of the resized shorter side that this crop keeps; by default that of the weights, or 0.875.
         batch_size: images at a time.
+        split: of a Hugging Face data set.
         skip_damaged: leave out and list images that cannot be decoded instead of stopping.
         engine: device and precision.
 
@@ -81,7 +83,7 @@ def neighbours(
         raise UserError(f"{query} holds {len(queries)} images: the picture has room for {_MOST_QUERIES} queries")
     known = read_features(Path(data)) if Path(data).is_file() and Path(data).suffix.lower() in SUFFIXES else None
     if known is None:
-        pictures = open_pictures(data)
+        pictures = open_pictures(data, split)
         model = load_trained(weights, image_size, crop_pct, engine)
     else:
         pictures = open_files(data, known.paths)
@@ -106,7 +108,7 @@ def neighbours(
         raise UserError(f"{data} holds no image but the query: give more images")
     neighbours_picture(output, rows)
     _show(found)
-    Console().print(f"{len(found)} queries with their neighbours: {output}", soft_wrap=True)
+    Console().print(f"{len(found)} queries with their neighbours: {output}", markup=False, soft_wrap=True)
     return found
 
 
@@ -135,15 +137,14 @@ def _matching_model(
     engine: DeviceOptions,
 ) -> TrainedModel:
     """The model by which the known features were computed, for images of the same size and crop unless stated."""
+    if not {"stage", "image_size", "crop_pct", "weights", "weights_sha256"} <= known.facts.keys():
+        raise UserError(f"{data} does not say how it was computed: give a file as convmae embed wrote it")
     if known.facts["stage"] != "pooled":
         raise UserError(
             f"{data} holds maps of {known.facts['stage']}: give a file that embed wrote with --stage pooled"
         )
     height, width = map(int, known.facts["image_size"].split("x"))
     model = load_trained(weights, image_size or (height, width), crop_pct or float(known.facts["crop_pct"]), engine)
-    wide, wanted = known.features.shape[1], model.network.num_features
-    if wide != wanted:
-        raise UserError(f"the features in {data} are {wide} wide, those of {weights} {wanted}: give the same weights")
     if known.facts["weights_sha256"] != model.digest():
         raise UserError(f"{data} was computed with other weights, {known.facts['weights']}: give those, or embed again")
     return model

@@ -37,6 +37,7 @@ def predict(
     image_size: int | None = None,
     crop_pct: float | None = None,
     batch_size: int = 64,
+    split: str = "train",
     skip_damaged: bool = False,
     engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
 ) -> list[Prediction]:
@@ -50,6 +51,7 @@ def predict(
         image_size: side of the centre crop that the model sees, a multiple of 16; by default that of the weights.
         crop_pct: share of the resized shorter side that this crop keeps; by default that of the weights, or 0.875.
         batch_size: images at a time.
+        split: of a Hugging Face data set.
         skip_damaged: leave out and list images that cannot be decoded instead of stopping.
         engine: device and precision.
 
@@ -59,7 +61,7 @@ def predict(
         raise UserError(f"top is {top}: it must be at least 1")
     if output is not None:
         output = checked_output(output, (".csv",))
-    pictures = open_pictures(images)
+    pictures = open_pictures(images, split)
     model = load_trained(weights, image_size, crop_pct, engine)
     network = model.network
     if not network.num_classes:

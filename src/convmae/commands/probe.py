@@ -35,7 +35,14 @@ from convmae.training.engine import DeviceOptions, EngineOptions, loader_workers
 from convmae.training.logging import LoggingOptions, RunLog
 from convmae.training.loop import Plan
 from convmae.training.optimizer import LarsOptions, build_lars, build_schedule
-from convmae.training.run import check_positive, checkpoint_to_resume, divide_batch, keep_config, plain_settings
+from convmae.training.run import (
+    check_choice,
+    check_positive,
+    checkpoint_to_resume,
+    divide_batch,
+    keep_config,
+    plain_settings,
+)
 
 RESULT_FILE = "probe.json"
 _HEAD_FILE = "head.safetensors"  # the layer under training with its statistics, beside a checkpoint's model
@@ -115,7 +122,7 @@ def probe(
     on random crops: 90 passes over the images.
 
     Args:
-        data: a folder with train/CLASS/images and val/CLASS/images; hfds/NAME or torch/NAME (torchvision's).
+        data: a folder with train/CLASS/images and val/CLASS/images; wds/FOLDER, hfds/NAME or torch/NAME.
         weights: a run, checkpoint or file, ours or published.
         output: folder for the result and the classifier.
         form: fast or published.
@@ -139,6 +146,7 @@ def probe(
     """
     settings = plain_settings(dict(locals()))
     output = Path(output)  # Python callers may pass a string
+    check_choice("form", form, ("fast", "published"))
     check_positive(
         neighbours=neighbours,
         epochs=epochs,
@@ -150,7 +158,7 @@ def probe(
     validation = open_labelled_images(data, val_split, training.classes)
     stated: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct}
     chosen = {name: value for name, value in stated.items() if value is not None}
-    network = load_classifier(weights, num_classes=0, **chosen)
+    network = load_classifier(weights, num_classes=0, global_pool="avg", **chosen)
     holds_run = (output / "checkpoints").exists()  # of the published form, which alone can go on with it
     if (holds_run and form == "fast") or ((output / RESULT_FILE).exists() and not holds_run):
         raise UserError(f"{output} holds a result: choose another --output")
@@ -170,8 +178,11 @@ def probe(
         images = EvaluationImages(source, size, channels, skip_damaged, network.crop_pct)
         loader = build_evaluation_loader(images, batch_size, loader_workers(engine, fabric))
 
+        console = Console(stderr=True)
+        quiet = not console.is_terminal
+
         def batches() -> Iterator[dict[str, Any]]:
-            for batch in track(loader, description=source.name, console=Console(stderr=True), transient=True):
+            for batch in track(loader, description=source.name, console=console, transient=True, disable=quiet):
                 failures.record(len(batch["images"]), batch["failed"])
                 yield batch
 
@@ -260,9 +271,9 @@ def _published(
     )
     began = time.monotonic()
     try:
-        _, accuracy = train_classifier(
+        accuracy = train_classifier(
             fabric, wrapped, wrapped_optimizer, schedule, batches, plan, checkpoints, write_head, log, restored, probed,
-        )  # fmt: skip
+        ).last  # fmt: skip
     finally:
         log.finish()
     result = ProbeResult(output, output, accuracy.top1, accuracy.top5, None, None)
@@ -303,6 +314,12 @@ def _print(rows: dict[str, Accuracy], result: ProbeResult, failures: DecodingFai
         table.add_row(name, f"{accuracy.top1:.2%}", f"{accuracy.top5:.2%}")
     console = Console()
     console.print(table)
-    console.print(f"time {timedelta(seconds=round(seconds))}; result and classifier: {result.folder}", soft_wrap=True)
+    console.print(
+        f"time {timedelta(seconds=round(seconds))}; result and classifier: {result.folder}",
+        markup=False,
+        soft_wrap=True,
+    )
     if failures.count:
-        console.print(f"{failures.count} images could not be decoded, listed in {result.folder}", soft_wrap=True)
+        console.print(
+            f"{failures.count} images could not be decoded, listed in {result.folder}", markup=False, soft_wrap=True
+        )

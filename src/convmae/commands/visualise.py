@@ -36,6 +36,7 @@ def visualise(
     crop_pct: float | None = None,
     token: tuple[int, int] | None = None,
     head: int | None = None,
+    split: str = "train",
     skip_damaged: bool = False,
     engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
 ) -> Path:
@@ -47,12 +48,13 @@ def visualise(
     Args:
         images: an image, a folder of images at any depth, hfds/NAME, or demo.
         weights: a run's folder, a checkpoint or a weights file, ours or published.
-        output: the picture, PNG.
+        output: the picture, .png, .jpg, .pdf or .svg.
         count: at most so many images, spread over the folder; up to 64.
         image_size: side of the centre crop that the model sees, a multiple of 16; larger gives finer maps.
         crop_pct: share of the resized shorter side that this crop keeps; by default that of the weights, or 0.875.
         token: row and column of the token, from 0 to image_size / 16 - 1; by default the one at the centre.
         head: number of the attention head, from 0; by default the mean over all.
+        split: of a Hugging Face data set.
         skip_damaged: leave out and list images that cannot be decoded instead of stopping.
         engine: device and precision.
 
@@ -68,7 +70,7 @@ def visualise(
             f"token {row}, {column} is outside the grid of {height} x {width} tokens: choose 0, 0 to "
             f"{height - 1}, {width - 1}, or a larger image_size"
         )
-    pictures = open_pictures(images)
+    pictures = open_pictures(images, split)
     model = load_trained(weights, image_size, crop_pct, engine)
     attention: Any = model.network.encoder.stage3[-1].attn
     if head is not None and not 0 <= head < attention.num_heads:
@@ -91,7 +93,7 @@ def visualise(
     components = principal_components(torch.stack(maps).flatten(0, 2)).view(len(seen), height, width, 3)
     title = f"attention, {'mean of heads' if head is None else f'head {head}'}"
     encoder_picture(output, [image / 255 for image in seen], components, torch.stack(looks), (row, column), title)
-    Console().print(f"{len(seen)} images: {output}", soft_wrap=True)
+    Console().print(f"{len(seen)} images: {output}", markup=False, soft_wrap=True)
     return output
 
 

@@ -215,7 +215,7 @@ class _TorchvisionReader:
 def _open_torchvision(data: str, split: str) -> ImageCollection:
     root = Path(torch.hub.get_dir()) / "datasets"
     try:
-        dataset = create_dataset(data, root=str(root), split=_called(split)[0], download=True)
+        dataset = create_dataset(data, root=str(root), split=split, download=True)
     except (AssertionError, OSError, RuntimeError) as error:  # unknown, no network, damaged download
         raise _unopened(data, split, error) from error
     classes = [str(name) for name in getattr(dataset, "classes", [])]

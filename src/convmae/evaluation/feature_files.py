@@ -134,10 +134,7 @@ def check_names(output: Path, names: Sequence[str]) -> None:
     """Raise UserError if the file could not hold the names of so many images, or lacks the package that writes it."""
     if output.suffix.lower() == ".parquet":
         _need_pyarrow()
-    try:
-        longest = len(json.dumps(json.dumps(list(names), ensure_ascii=False), ensure_ascii=False).encode())
-    except UnicodeEncodeError as error:
-        raise UserError("the name of an image is not valid UTF-8: rename it") from error
+    longest = len(json.dumps(json.dumps(list(names), ensure_ascii=False), ensure_ascii=False).encode())
     if output.suffix.lower() == ".safetensors" and longest > _LONGEST_HEADER - 10_000:
         raise UserError(f"safetensors cannot hold the paths of {len(names)} images: choose a name ending in .parquet")
 
@@ -226,11 +223,14 @@ def _regrouped(features: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
 def _read_parquet(path: Path) -> Features:
     from pyarrow import FixedShapeTensorType
     from pyarrow.parquet import read_table
+    from pyarrow.types import is_fixed_size_list
 
     table = read_table(path)
     column = table["features"].combine_chunks()
     tensor_type = column.type if isinstance(column.type, FixedShapeTensorType) else None
     storage = column.storage if tensor_type else column
+    if not tensor_type and not is_fixed_size_list(column.type):
+        raise ValueError("a column of lists of any length")
     shape = tensor_type.shape if tensor_type else [column.type.list_size]
     features = torch.from_numpy(storage.flatten().to_numpy().copy()).view(len(column), *shape)
     facts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}

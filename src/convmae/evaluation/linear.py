@@ -79,7 +79,7 @@ def _fit(
 
 
 def _hold_out(labels: Tensor, seed: int) -> Tensor:
-    """(N,) bool: a random fifth of each class, rounded down to leave at least one image for fitting."""
+    """(N,) bool: a random fifth of each class, at least one image where there are two."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
     held_out = torch.zeros_like(labels, dtype=torch.bool)
     for label in labels.unique():

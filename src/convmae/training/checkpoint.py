@@ -85,7 +85,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{checkpoint} is damaged: delete that folder to resume from the one before") from error
+        raise UserError(
+            f"{checkpoint} is damaged: delete that folder to resume from the one before, if there is one, or start anew"
+        ) from error
 
 
 def _flush(path: Path) -> None:

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from convmae.errors import UserError
 
@@ -130,7 +131,7 @@ class RunLog:
         table.add_column()
         table.add_column(overflow="fold")
         for name, value in rows.items():
-            table.add_row(name, value)
+            table.add_row(name, Text(value))
         self.console.print(table)
 
 

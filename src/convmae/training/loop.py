@@ -73,7 +73,7 @@ def train(
     steps done.
 
     Raises Interrupted after SIGTERM or Ctrl-C, and UserError after `max_skipped` steps in a row without a finite
-    gradient, or what `batches` raises; a run of one process then writes a checkpoint first.
+    gradient, or what `batches` and `after_epoch` raise; a run of one process then writes a checkpoint first.
     """
     position = Position()
     if restored is not None:
@@ -135,10 +135,15 @@ def train(
                     path = save()
                     message = f"stopped at step {position.step} of {total}: checkpoint {path}; continue with --resume"
                     raise Interrupted(message if fabric.is_global_zero else "", signal_number)
-            last = epoch + 1 == plan.epochs
-            if last or (epoch + 1) % plan.checkpoint_every_epochs == 0:
+            saved = epoch + 1 == plan.epochs or (epoch + 1) % plan.checkpoint_every_epochs == 0
+            if saved:
                 save()
-            after_epoch(epoch)
+            try:
+                after_epoch(epoch)
+            except UserError:
+                if not saved and fabric.world_size == 1:
+                    save()
+                raise
     return position
 
 

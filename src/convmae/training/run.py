@@ -1,5 +1,6 @@
 """What every training run checks and keeps before its first step: settings, folder, batch."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 from convmae.errors import UserError
 from convmae.training.checkpoint import CheckpointFolder
 from convmae.training.logging import METRICS_FILE
+from convmae.weights import MODEL_FILE
 
 CONFIG_FILE = "config.yaml"
 
@@ -18,6 +20,12 @@ def check_positive(**settings: int) -> None:
     for name, value in settings.items():
         if value < 1:
             raise UserError(f"{name} is {value}: it must be at least 1")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise UserError that names the choices unless `value` is one of them; the command line has looked already."""
+    if value not in choices:
+        raise UserError(f"{name} cannot be '{value}': choose one of {', '.join(choices)}")
 
 
 def divide_batch(batch_size: int, processes: int, accumulate: int) -> int:
@@ -43,6 +51,8 @@ def checkpoint_to_resume(folder: Path, checkpoints: CheckpointFolder, resume: bo
         raise UserError(
             f"{folder} holds a run without checkpoint: start it anew with --resume, or choose another --output"
         )
+    if newest is None and (folder / MODEL_FILE).exists():
+        raise UserError(f"{folder} holds another command's model: choose another --output")
     return newest
 
 
