@@ -118,13 +118,14 @@ def test_mistakes_are_one_line(images, features_file, autoencoder_file, classifi
             call(**wrong)
         assert "\n" not in str(error.value)
         assert not output.exists()
+    pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     table = parquet.read_table(
         embed(str(images), tmp_path / "f.parquet", autoencoder_file, skip_damaged=True, engine=CPU).output
     )
     parquet.write_table(table.replace_schema_metadata(), tmp_path / "bare.parquet")
     lists = table["features"].combine_chunks()
-    plain = lists.cast("list<element: float>")
+    plain = pyarrow.array(lists.to_pylist(), pyarrow.list_(pyarrow.float32()))
     parquet.write_table(table.set_column(1, "features", plain), tmp_path / "rewritten.parquet")
     for name, message in (("bare", "does not say how it was computed"), ("rewritten", "holds no features")):
         with pytest.raises(convmae.UserError, match=message):
