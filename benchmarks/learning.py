@@ -6,9 +6,9 @@ digits: scikit-learn's 1,797 handwritten digits (pip install 'convmae[demo]') at
 pretrained on without their labels and are the labelled training images too, the other 597 are tested on. Any folder of
 class folders takes their place: two thirds of each class for training, the rest for testing.
 
-Every seed pretrains, probes with all labels and with ten a class, and fine-tunes on both from pretrained weights and
-from scratch. Prints a table of means and ranges over the seeds; beside it in the output's folder, `learning.json` and
-`learning.png`. A seed whose results are there already is not run again.
+Every seed pretrains, probes with all labels and with ten a class, and fine-tunes on both from pretrained weights, with
+layer decay 0.8, and from scratch, without. Prints a table of means and ranges over the seeds; beside it in the output's
+folder, `learning.json` and `learning.png`. A seed whose results are there already is not run again.
 """
 
 import json
@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,20 @@ def main(
         base_lr: of pretraining, for 256 images.
         finetune_steps: of each fine-tuning.
     """
+    settings = {
+        "data": data,
+        "model": model,
+        "image_size": image_size,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "base_lr": base_lr,
+        "finetune_steps": finetune_steps,
+    }
+    kept = output / "settings.json"
+    if kept.exists() and json.loads(kept.read_text()) != settings:
+        sys.exit(f"{output} holds results of other settings: choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(settings, indent=2) + "\n")
     torch.set_num_threads(1)  # beside one process that loads images: the least processor time, on two cores
     if not (output / "images").exists():
         write_images(data, output / "images.incomplete")
@@ -201,7 +216,7 @@ def finetune(
     data: Path, weights: Path | None, output: Path, model: str, image_size: int, steps: int, seed: int
 ) -> float:
     """Top-1 of the last model, so that the test images choose nothing."""
-    images = sum(1 for _ in (data / "train").rglob("*.*"))
+    images = sum(path.is_file() for path in (data / "train").rglob("*"))
     batch_size = min(50, images)
     epochs = max(1, steps // (images // batch_size))
     return convmae.finetune(

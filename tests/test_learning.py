@@ -77,5 +77,7 @@ def test_the_comparison_runs_on_any_folder_of_classes_and_goes_on_where_it_stopp
         assert picture.width > 500
     assert "everything, cpu minutes: " in capsys.readouterr().out
     before = (tmp_path / "out/seed-0/result.json").stat().st_mtime_ns
+    with pytest.raises(SystemExit, match="holds results of other settings: choose another --output"):
+        learning["main"](str(tmp_path / "pictures"), seeds=1, **{**settings, "epochs": 2})
     learning["main"](str(tmp_path / "pictures"), seeds=1, **settings)  # nothing left to run
     assert (tmp_path / "out/seed-0/result.json").stat().st_mtime_ns == before

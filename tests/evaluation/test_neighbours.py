@@ -16,9 +16,9 @@ def data():
 
 
 @pytest.mark.parametrize("k", [1, 5, 60])
-@pytest.mark.parametrize("chunk", [7, 1024])
-def test_the_most_similar_come_first(data, monkeypatch, k, chunk):
-    monkeypatch.setattr(neighbours, "_CHUNK", chunk)
+@pytest.mark.parametrize("similarities", [10, 7 * 60, 2**20])
+def test_the_most_similar_come_first(data, monkeypatch, k, similarities):
+    monkeypatch.setattr(neighbours, "_SIMILARITIES", similarities)
     queries, features, _ = data
     similarity, index = nearest(queries, features, k)
     search = sklearn_neighbours.NearestNeighbors(n_neighbors=k, metric="cosine").fit(features.double())

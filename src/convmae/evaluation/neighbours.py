@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-_CHUNK = 1024  # queries compared at a time, which bounds the matrix of similarities
+_SIMILARITIES = 2**26  # computed at a time: 256 MiB
 _TEMPERATURE = 0.07  # of the neighbours' votes, the usual choice
 
 
@@ -19,7 +19,7 @@ def nearest(queries: Tensor, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
     features = normalize(features.float(), dim=1)
     found = [
         (normalize(chunk.float(), dim=1) @ features.T).topk(min(k, len(features)), dim=1)
-        for chunk in queries.split(_CHUNK)
+        for chunk in queries.split(max(1, _SIMILARITIES // len(features)))
     ]
     return torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found])
 
