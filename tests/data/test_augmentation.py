@@ -8,6 +8,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from timm.data import auto_augment
 from torch.nn.functional import cross_entropy
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms.functional import pil_to_tensor
@@ -189,6 +190,22 @@ def test_impossible_options_are_refused(photographs):
     for shares in ({"label_smoothing": -0.1}, {"label_smoothing": 1.0}, {"random_erasing": 1.5}):
         with pytest.raises(UserError, match="label_smoothing and random_erasing are shares"):
             BatchAugmentation(replace(usual, **shares), 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1-n15", "rand-m10-n15", "v0", "v0r", "original", "3a", "augmix-m10"])
+def test_policies_work_at_their_strongest(photographs, policy):
+    options = replace(AugmentationOptions(), auto_augment=policy)
+    dataset = LabelledTrainingImages(photographs, (16, 16), 3, options)
+    for epoch in range(12):
+        for index in range(len(dataset)):
+            assert dataset[epoch, index]["image"].shape == (3, 16, 16)
+
+
+def test_keeping_no_bit_gives_black():
+    for name in ("Posterize", "PosterizeIncreasing"):
+        assert auto_augment.NAME_TO_OP[name](photograph(8, 8), 0).getextrema() == ((0, 0),) * 3
+        kept = numpy.asarray(auto_augment.NAME_TO_OP[name](photograph(8, 8), 2))
+        assert numpy.array_equal(kept, numpy.asarray(photograph(8, 8)) & 0b11000000)
 
 
 # Evaluation images

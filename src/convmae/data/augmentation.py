@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from PIL import Image
-from timm.data import Mixup, create_transform
+from timm.data import Mixup, auto_augment, create_transform
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -28,6 +28,16 @@ from convmae.data.images import (
 from convmae.data.sampler import ResumableSampler, seeded
 from convmae.data.sources import ImageCollection
 from convmae.errors import UserError
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **others: Any) -> Image.Image:
+    # At its strongest timm keeps no bit, which Pillow 13 refuses; before, it gave a black image.
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits_to_keep, **others)
+
+
+auto_augment.NAME_TO_OP |= {name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")}
 
 
 @dataclass(frozen=True)
