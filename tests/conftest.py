@@ -1,5 +1,6 @@
 """What several test files share: the golden values and tiny models."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ def golden():
 def _one_thread():
     """Models this small gain nothing from a second thread, and wait long for it on a busy machine."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture(autouse=True)
