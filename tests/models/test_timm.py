@@ -181,7 +181,7 @@ def test_a_state_dict_goes_round_also_through_a_copy():
 
 
 def published_layer(name):
-    """The authors' rule on their names, for 12 + 1 ids: RECIPES, section 1."""
+    """The authors' rule on their names, for 12 + 1 ids."""
     if name.startswith(("patch_embed", "pos_embed", "blocks1.", "blocks2.")):
         return 0
     block = re.match(r"blocks3\.(\d+)\.", name)
