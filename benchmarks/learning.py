@@ -281,7 +281,7 @@ def draw(path: Path, results: list[dict[str, Any]]) -> None:
             axes.plot(run_values, places, ".", color="black", markersize=4)
     axes.set_yticks(list(reversed(range(len(names)))), names)
     axes.set_xlabel("top-1 (%)")
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -10,7 +10,7 @@ def base():
 
 
 def test_base_reproduces_the_published_arithmetic(base):
-    """GMAC at 224x224, one image forward: RECIPES' figures for the reference and for visible positions only."""
+    """GMAC at 224x224, one image forward: of the published formulation, and of visible positions only."""
     parts = ("stage 1", "stage 2", "stage 3", "multi-scale projections", "decoder")
     dense = dict(zip(parts, (4.19, 2.64, 4.20, 0.85, 5.34), strict=True)) | {"total": 17.2}
     visible = dict(zip(parts, (1.05, 0.66, 3.94, 0.21, 5.34), strict=True)) | {"total": 11.2}

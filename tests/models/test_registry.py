@@ -7,7 +7,7 @@ import torch
 import convmae
 from convmae.models.registry import ENCODERS, create_autoencoder, create_classifier, fill
 
-# Millions of parameters, from RECIPES' table of sizes (encoder) and section 1 (whole models).
+# Millions of parameters, of the published table of sizes (encoder) and of the whole models.
 ENCODER_PARAMETERS = {"tiny": 2.1, "small": 21.9, "base": 84.6, "large": 272, "huge": 653}
 
 
