@@ -44,23 +44,9 @@ __all__ = [
     "visualise",
 ]
 
-_COMMANDS = (
-    "bench",
-    "embed",
-    "export",
-    "finetune",
-    "info",
-    "neighbours",
-    "predict",
-    "pretrain",
-    "probe",
-    "reconstruct",
-    "visualise",
-)
-
 
 def __getattr__(name: str) -> Any:
     """The commands, imported at first use: their engine takes as long to import as torch."""
-    if name in _COMMANDS:
+    if name in __all__:  # what the imports above have not bound
         return getattr(import_module(f"convmae.commands.{name}"), name)
     raise AttributeError(f"module 'convmae' has no attribute '{name}'")

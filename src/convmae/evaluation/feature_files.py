@@ -134,8 +134,9 @@ def check_names(output: Path, names: Sequence[str]) -> None:
     """Raise UserError if the file could not hold the names of so many images, or lacks the package that writes it."""
     if output.suffix.lower() == ".parquet":
         _need_pyarrow()
+        return
     longest = len(json.dumps(json.dumps(list(names), ensure_ascii=False), ensure_ascii=False).encode())
-    if output.suffix.lower() == ".safetensors" and longest > _LONGEST_HEADER - 10_000:
+    if longest > _LONGEST_HEADER - 10_000:
         raise UserError(f"safetensors cannot hold the paths of {len(names)} images: choose a name ending in .parquet")
 
 

@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from convmae.errors import UserError
+from convmae.training.run import check_choice
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,7 @@ class EngineOptions(DeviceOptions):
 
 def start_engine(options: DeviceOptions) -> Fabric:
     """Make and launch a Fabric. Raises UserError if the machine lacks the asked devices."""
-    if options.precision not in ("auto", "bf16", "float32"):
-        raise UserError(f"precision cannot be '{options.precision}': choose auto, bf16 or float32")
+    check_choice("precision", options.precision, ("auto", "bf16", "float32"))
     devices, num_nodes = _processes(options)
     if options.accelerator == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device on this machine: use --engine.accelerator auto or cpu")
