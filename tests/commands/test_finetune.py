@@ -276,9 +276,13 @@ def batches_until(event, epoch, number):
     return training
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_a_stopped_run_resumes_bit_for_bit(labelled, autoencoder_file, tmp_path, monkeypatch, ema_decay):
+@pytest.mark.parametrize(("data", "ema_decay"), [("{}", None), ("{}", 0.9), ("hfids/{}|48", None)])
+def test_a_stopped_run_resumes_bit_for_bit(labelled, autoencoder_file, tmp_path, monkeypatch, data, ema_decay):
     options = {**RANDOM, "ema_decay": ema_decay}
+    if data != "{}":
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    labelled = data.format(labelled)
     straight = small_run(labelled, tmp_path / "straight", autoencoder_file, **options)
     with monkeypatch.context() as patch:
         stop = batches_until(lambda: os.kill(os.getpid(), signal.SIGTERM), 2, 3)

@@ -126,6 +126,24 @@ def test_the_nearest_neighbours_are_scikit_learn_s(labelled, autoencoder_file, f
     assert found[0] != found[1]
 
 
+def test_a_stream_gives_the_same_figures(labelled, autoencoder_file, fast, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    streamed = probe(f"hfids/{labelled}", autoencoder_file, tmp_path / "probe", engine=IN_PROCESS)
+    assert streamed.neighbours_top1 == fast.neighbours_top1
+    assert (streamed.top1, streamed.top5) == pytest.approx((fast.top1, fast.top5), abs=1.01 / 36)
+
+
+def test_the_published_form_learns_from_a_stream(labelled, autoencoder_file, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    steps_of_all_images = {"epochs": 20, "batch_size": 72, "optimizer": LarsOptions(base_lr=90.0)}
+    result = published(f"hfids/{labelled}|72", autoencoder_file, tmp_path / "run", **steps_of_all_images)
+    losses = [record["loss"] for record in read_metrics(result.folder)]
+    assert losses[-1] < losses[0] - 0.05
+    assert result.top1 > 0.3  # chance is 1/6
+
+
 def test_each_image_is_read_once(labelled, autoencoder_file, tmp_path, monkeypatch):
     opened = []
     open_labelled = ImageCollection.open_labelled

@@ -10,19 +10,19 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 from torch.nn.functional import cross_entropy
-from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode, Resize
 from torchvision.transforms.functional import pil_to_tensor
 
 from convmae.data.augmentation import (
     NO_AUGMENTATION,
+    Augmentation,
     AugmentationOptions,
     BatchAugmentation,
-    EvaluationImages,
-    LabelledTrainingImages,
-    build_evaluation_loader,
-    build_training_loader,
+    CenterCrop,
 )
 from convmae.data.labelled import open_labelled_images
+from convmae.data.loading import EvaluationImages, TrainingImages
 from convmae.errors import UserError
 
 WHOLE = replace(NO_AUGMENTATION, crop_scale=(1.0, 1.0), flip=0.0)  # a square picture as it is, resized
@@ -53,27 +53,7 @@ def source_of(folder, pictures):
 
 
 def training_images(source, options=NO_AUGMENTATION, size=(8, 8), in_channels=3, **others):
-    return LabelledTrainingImages(source, size, in_channels, options, **others)
-
-
-def epoch_of(batches, epoch=0, batch=0):
-    batches.set_position(epoch, batch)
-    result = list(batches)
-    assert len(result) == len(batches)
-    return result
-
-
-def values(batch):
-    """The batch's grey values, each of a plain picture."""
-    assert (batch["images"] == batch["images"][:, :1, :1, :1]).all()
-    return batch["images"][:, 0, 0, 0].tolist()
-
-
-def same(first, second):
-    return len(first) == len(second) and all(
-        torch.equal(a["images"], b["images"]) and torch.equal(a["labels"], b["labels"])
-        for a, b in zip(first, second, strict=True)
-    )
+    return TrainingImages(source, Augmentation(size, in_channels, options), **others)
 
 
 def random_states():
@@ -83,12 +63,6 @@ def random_states():
 @pytest.fixture
 def photographs(tmp_path):
     return source_of(tmp_path, [photograph(24 + number, 20) for number in range(8)])
-
-
-@pytest.fixture
-def numbered(tmp_path):
-    """Fourteen plain pictures, number i of the value 10 i in the class i // 5."""
-    return source_of(tmp_path, [plain(10 * number) for number in range(14)])
 
 
 # Training images
@@ -111,15 +85,6 @@ def test_a_sample_depends_on_its_key_and_seed_only(photographs):
     others = [dataset[1, 3], dataset[2, 11], training_images(photographs, AugmentationOptions(), seed=2)[2, 3]]
     assert not any(torch.equal(other["image"], image) for other in others)
     assert dataset[2, 11]["label"] == dataset[2, 3]["label"] == 0
-
-
-def test_workers_do_not_change_the_batches(photographs):
-    dataset = training_images(photographs, AugmentationOptions(), seed=3)
-    without, with_workers = (build_training_loader(dataset, 4, num_workers=number) for number in (0, 2))
-    epochs = [epoch_of(without, epoch) for epoch in (0, 1)]
-    assert not same(*epochs)
-    for epoch in (1, 0):
-        assert same(epoch_of(with_workers, epoch), epochs[epoch])
 
 
 def test_policies_and_jitter_vary_colours_and_no_augmentation_does_not(tmp_path):
@@ -183,7 +148,7 @@ def test_impossible_options_are_refused(photographs):
     with pytest.raises(UserError, match="in_channels cannot be 2"):
         training_images(photographs, in_channels=2)
     with pytest.raises(UserError, match="in_channels cannot be 2"):
-        EvaluationImages(photographs, (8, 8), in_channels=2)
+        CenterCrop((8, 8), in_channels=2)
     for others in ({"color_jitter": -0.1}, {"flip": 1.5}):
         with pytest.raises(UserError, match="color_jitter and flip"):
             training_images(photographs, replace(NO_AUGMENTATION, **others))
@@ -195,7 +160,7 @@ def test_impossible_options_are_refused(photographs):
 @pytest.mark.parametrize("policy", ["rand-m10-inc1-n15", "rand-m10-n15", "v0", "v0r", "original", "3a", "augmix-m10"])
 def test_policies_work_at_their_strongest(photographs, policy):
     options = replace(AugmentationOptions(), auto_augment=policy)
-    dataset = LabelledTrainingImages(photographs, (16, 16), 3, options)
+    dataset = training_images(photographs, options, (16, 16))
     for epoch in range(12):
         for index in range(len(dataset)):
             assert dataset[epoch, index]["image"].shape == (3, 16, 16)
@@ -215,9 +180,9 @@ def test_keeping_no_bit_gives_black():
 @pytest.mark.parametrize(("size", "resized"), [(28, 32), (32, 36), (56, 64)])  # 256 / 224 of the size, rounded down
 def test_centre_crops_are_torchvisions(tmp_path, mode, in_channels, size, resized):
     pictures = [photograph(70, 90, mode), photograph(301, 40, mode), photograph(17, 11, mode)]
-    dataset = EvaluationImages(source_of(tmp_path, pictures), (size, size), in_channels)
+    dataset = EvaluationImages(source_of(tmp_path, pictures), CenterCrop((size, size), in_channels))
     for index, picture in enumerate(pictures):
-        wanted = CenterCrop(size)(Resize(resized, InterpolationMode.BICUBIC)(picture))
+        wanted = transforms.CenterCrop(size)(Resize(resized, InterpolationMode.BICUBIC)(picture))
         sample = dataset[index]
         assert torch.equal(sample["image"], pil_to_tensor(wanted))
         assert (sample["label"], sample["index"], sample["failed"]) == (0, index, [])
@@ -226,14 +191,14 @@ def test_centre_crops_are_torchvisions(tmp_path, mode, in_channels, size, resize
 @pytest.mark.parametrize(("crop_pct", "resized"), [(1.0, 32), (0.8, 40), (0.5, 64)])
 def test_how_much_the_centre_crop_keeps_is_stated(tmp_path, crop_pct, resized):
     picture = photograph(70, 90)
-    dataset = EvaluationImages(source_of(tmp_path, [picture]), (32, 32), crop_pct=crop_pct)
-    wanted = CenterCrop(32)(Resize(resized, InterpolationMode.BICUBIC)(picture))
+    dataset = EvaluationImages(source_of(tmp_path, [picture]), CenterCrop((32, 32), crop_pct=crop_pct))
+    wanted = transforms.CenterCrop(32)(Resize(resized, InterpolationMode.BICUBIC)(picture))
     assert torch.equal(dataset[0]["image"], pil_to_tensor(wanted))
 
 
 def test_centre_crops_of_oblong_size_keep_the_proportions(tmp_path):
     pictures = [photograph(144, 96), photograph(96, 144)]
-    dataset = EvaluationImages(source_of(tmp_path, pictures), (28, 56))
+    dataset = EvaluationImages(source_of(tmp_path, pictures), CenterCrop((28, 56)))
     # The least scale at which the picture covers 32 x 64.
     for index, (width, height) in enumerate([(64, 43), (64, 96)]):
         top = round((height - 28) / 2)
@@ -318,126 +283,3 @@ def test_random_erasing_replaces_a_rectangle_by_noise(probability, least, most):
         assert image[0].float().mean() < 0.4  # a third, rounded to whole rows and columns
     if probability:
         torch.testing.assert_close(images[erased].std(), torch.tensor(1.0), atol=0.05, rtol=0)
-
-
-# Loaders
-
-
-def test_training_batches_hold_each_image_once_with_its_label(numbered):
-    batches = build_training_loader(training_images(numbered), batch_size=2)
-    orders = []
-    for epoch in (0, 1):
-        whole = epoch_of(batches, epoch)
-        orders.append([value for batch in whole for value in values(batch)])
-        assert sorted(orders[-1]) == [10 * number for number in range(14)]
-        labels = [label for batch in whole for label in batch["labels"].tolist()]
-        assert labels == [value // 50 for value in orders[-1]]
-    assert orders[0] != orders[1]
-    whole = epoch_of(build_training_loader(training_images(numbered), batch_size=4))
-    assert [len(set(values(batch))) for batch in whole] == [4, 4, 4]
-    assert len({value for batch in whole for value in values(batch)}) == 12
-
-
-def test_ranks_share_the_training_images(numbered):
-    seen = []
-    for rank in (0, 1, 2):
-        batches = build_training_loader(training_images(numbered), batch_size=2, num_replicas=3, rank=rank)
-        seen.extend(value for batch in epoch_of(batches) for value in values(batch))
-    assert len(seen) == len(set(seen)) == 12
-
-
-def test_training_goes_on_within_an_epoch(photographs):
-    batches = build_training_loader(training_images(photographs, AugmentationOptions()), batch_size=2)
-    whole = epoch_of(batches, epoch=1)
-    fresh = build_training_loader(training_images(photographs, AugmentationOptions()), batch_size=2)
-    assert same(epoch_of(fresh, epoch=1, batch=3), whole[3:])
-    assert same(epoch_of(fresh, epoch=1, batch=1), whole[1:])
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_evaluation_batches_are_in_order(numbered, num_workers):
-    dataset = EvaluationImages(numbered, (8, 8))
-    batches = list(build_evaluation_loader(dataset, 4, num_workers))
-    assert [batch["indices"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
-    for batch in batches:
-        assert values(batch) == (10 * batch["indices"]).tolist()
-        assert torch.equal(batch["labels"], batch["indices"] // 5)
-        assert batch["failed"] == []
-
-
-def test_evaluation_from_any_image_on_and_over_ranks(numbered):
-    dataset = EvaluationImages(numbered, (8, 8))
-    shares = []
-    for rank in (0, 1, 2):
-        loader = build_evaluation_loader(dataset, 2, num_replicas=3, rank=rank, first=5)
-        shares.append([index for batch in loader for index in batch["indices"].tolist()])
-        assert len(list(loader)) == len(loader)
-    assert shares == [[5, 8, 11], [6, 9, 12], [7, 10, 13]]
-    assert list(build_evaluation_loader(dataset, 2, first=14)) == []
-
-
-# Damaged files
-
-
-@pytest.fixture
-def partly_damaged(tmp_path):
-    """Twelve plain pictures, the numbers 3, 4 and 11 damaged: 4 is truncated."""
-    pictures = [plain(10 * number) for number in range(12)]
-    pictures[3] = pictures[11] = b"damaged"
-    whole = tmp_path / "whole.png"
-    photograph(200, 200).save(whole)
-    pictures[4] = whole.read_bytes()[:5000]
-    return source_of(tmp_path, pictures)
-
-
-def names(failed):
-    return [failure.partition(".png: ")[0][-2:] for failure in failed]
-
-
-def test_a_damaged_file_is_refused_by_its_name(partly_damaged):
-    training = build_training_loader(training_images(partly_damaged), 6)
-    evaluation = build_evaluation_loader(EvaluationImages(partly_damaged, (8, 8)), 4)
-    for batches, expected in ((training, ("03", "04", "11")), (evaluation, ("03",))):
-        with pytest.raises(UserError) as error:
-            list(batches)
-        message = str(error.value)
-        assert any(f"/{name}.png cannot be decoded, replace or delete it" in message for name in expected)
-        assert "--skip-damaged: " in message
-        assert "\n" not in message
-
-
-def test_damaged_files_are_replaced_in_training(partly_damaged):
-    dataset = training_images(partly_damaged, skip_damaged=True)
-    sample = dataset[0, 3]
-    assert names(sample["failed"]) == ["03", "04"]
-    assert sample["failed"][0].endswith("/03.png: not an image, or of an unknown format")
-    assert "truncated" in sample["failed"][1]
-    assert (sample["image"] == 50).all()
-    assert sample["label"] == 1
-    assert (dataset[0, 11]["image"] == 0).all()  # after the last comes the first
-    whole = epoch_of(build_training_loader(dataset, batch_size=4))
-    assert [len(batch["images"]) for batch in whole] == [4, 4, 4]
-    assert sorted(names(failure for batch in whole for failure in batch["failed"])) == ["03", "04", "04", "11"]
-    for batch in whole:
-        assert batch["labels"].tolist() == [value // 50 for value in values(batch)]
-
-
-def test_damaged_files_are_left_out_of_evaluation(partly_damaged):
-    dataset = EvaluationImages(partly_damaged, (8, 8), skip_damaged=True)
-    for num_workers in (0, 1):
-        batches = list(build_evaluation_loader(dataset, 3, num_workers))
-        assert [batch["indices"].tolist() for batch in batches] == [[0, 1, 2], [5], [6, 7, 8], [9, 10]]
-        assert [names(batch["failed"]) for batch in batches] == [[], ["03", "04"], [], ["11"]]
-        for batch in batches:
-            assert values(batch) == (10 * batch["indices"]).tolist()
-            assert torch.equal(batch["labels"], batch["indices"] // 5)
-    empty = list(build_evaluation_loader(dataset, 1))[3]
-    assert (len(empty["images"]), len(empty["labels"]), len(empty["indices"])) == (0, 0, 0)
-    assert names(empty["failed"]) == ["03"]
-
-
-def test_nothing_but_damaged_files_is_an_error_of_one_line(tmp_path):
-    source = source_of(tmp_path, [b"damaged"] * 8)
-    with pytest.raises(UserError, match="no image can be decoded, check the files: ") as error:
-        training_images(source, skip_damaged=True)[0, 2]
-    assert "\n" not in str(error.value)

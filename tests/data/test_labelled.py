@@ -2,13 +2,17 @@
 
 import io
 
+import numpy
 import pytest
+import torch
 import webdataset
 from PIL import Image
 from torchvision.datasets import FakeData
 
 from convmae.data import labelled
+from convmae.data.augmentation import CenterCrop
 from convmae.data.labelled import open_labelled_images
+from convmae.data.loading import build_evaluation_loader
 from convmae.errors import UserError
 
 
@@ -32,6 +36,16 @@ def contents(collection):
             red, green, blue = image.convert("RGB").getpixel((3, 2))
         assert red == green == 255 - blue
         found.append((collection.classes[label], red))
+    return sorted(found)
+
+
+def streamed_contents(stream):
+    """The same of a stream."""
+    found = []
+    for _, open_labelled in stream:
+        file, label = open_labelled()
+        with file, Image.open(file) as image:
+            found.append((stream.classes[label], image.convert("RGB").getpixel((3, 2))[0]))
     return sorted(found)
 
 
@@ -185,6 +199,89 @@ def test_hugging_face_without_its_package_names_the_extra(monkeypatch):
     assert "pip install 'convmae[hub]'" in refusal("hfds/any", "train")
 
 
+def test_streamed_hugging_face_data_set(datasets, folder):
+    for path in (folder / "train" / "cow" / "young" / "brown").iterdir():
+        path.rename(folder / "train" / "cow" / path.name)
+    with pytest.raises(UserError, match=r"the length of .* is unknown: append it, hfids/.*\|N"):
+        open_labelled_images(f"hfids/{folder}", "train", shuffled=True)
+    training = open_labelled_images(f"hfids/{folder}|6", "train", shuffled=True)
+    assert (training.name, training.classes) == (f"hfids/{folder}|6 (train)", ["ant", "bee", "cow"])
+    training.configure(batch_size=3, num_workers=0, num_replicas=1, rank=0, seed=0)
+    assert (len(training), streamed_contents(training)) == (6, OF_TRAINING)
+    assert streamed_contents(open_labelled_images(f"hfids/{folder}", "train")) == OF_TRAINING
+    validation = open_labelled_images(f"hfids/{folder}|6", "val", training.classes)
+    assert streamed_contents(validation) == [("bee", 12), ("cow", 24), ("cow", 25)]
+    assert "not 'many'" in refusal(f"hfids/{folder}|many", "train")
+    assert "cannot be opened, check both: " in refusal(f"hfids/{folder}", "nowhere")
+    assert "has no column of images" in refusal(f"hfids/{folder / 'train' / 'ant'}", "train")
+
+
+# TensorFlow data sets
+
+
+@pytest.fixture
+def tensorflow_data_set(tmp_path, monkeypatch):
+    """The folder of a data set with the columns photo and kind; written by the library itself, without TensorFlow."""
+    pytest.importorskip("array_record")
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class Animals(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            kinds = {"photo": tfds.features.Image(), "kind": tfds.features.ClassLabel(names=["dull", "bright"])}
+            features = tfds.features.FeaturesDict({"number": tfds.features.Scalar(numpy.int64), **kinds})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples(5, 6, 7), "validation": self._generate_examples(9)}
+
+        def _generate_examples(self, *values):
+            for value in values:
+                file = io.BytesIO()
+                plain(value).save(file, "PNG")
+                file.seek(0)
+                yield value, {"number": value, "photo": file, "kind": value % 2}
+
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    builder = Animals(data_dir=str(tmp_path), file_format="array_record")
+    builder.download_and_prepare()
+    return builder.data_path
+
+
+@pytest.mark.parametrize("by_folder", [True, False])
+def test_tensorflow_data_set(tensorflow_data_set, by_folder):
+    data = f"tfds/{tensorflow_data_set}" if by_folder else "tfds/animals"
+    training = open_labelled_images(data, "training")
+    assert training.classes == ["dull", "bright"]
+    assert contents(training) == [("bright", 5), ("bright", 7), ("dull", 6)]
+    assert training.picture_name(2) == "example 2"
+    validation = open_labelled_images(data, "val", training.classes)
+    assert validation.name == f"{data} (validation)"
+    assert contents(validation) == [("bright", 9)]
+
+
+def test_tensorflow_data_set_in_loading_processes(tensorflow_data_set):
+    source = open_labelled_images(f"tfds/{tensorflow_data_set}", "train")
+    contents(source)  # the parent has read before it forks
+    batches = build_evaluation_loader(source, CenterCrop((4, 4)), batch_size=2, num_workers=2)
+    values = torch.cat([batch["images"][:, 0, 2, 2] for batch in batches])
+    assert sorted(values.tolist()) == [5, 6, 7]
+
+
+def test_tensorflow_data_sets_that_cannot_be_used(tensorflow_data_set, monkeypatch):
+    message = refusal(f"tfds/{tensorflow_data_set}", "nowhere")
+    assert "split nowhere, cannot be opened, check both: " in message
+    assert "tfds/unheard_of, split train, cannot be opened" in refusal("tfds/unheard_of", "train")
+    facts = tensorflow_data_set / "dataset_info.json"
+    facts.write_text(facts.read_text().replace("array_record", "tfrecord"))
+    for data in (f"tfds/{tensorflow_data_set}", "tfds/animals"):
+        assert refusal(data, "train") == f"{data} is not written as array_record: convert it, tfds convert_format"
+    assert "cannot be opened" in refusal(f"tfds/{tensorflow_data_set.parent.parent}", "train")
+    monkeypatch.setattr(labelled, "find_spec", lambda name: None)
+    assert "pip install 'convmae[tfds]'" in refusal("tfds/animals", "train")
+
+
 # torchvision's
 
 
@@ -212,9 +309,19 @@ def test_torchvision_data_set(fake_data):
         assert number == label
 
 
+def test_classes_of_torchvision_data_sets_that_name_them_otherwise(fake_data):
+    data, _ = fake_data
+    data.classes = [("tench", "Tinca tinca"), ("goldfish",)]  # ImageNet's
+    assert open_labelled_images("torch/imagenet", "train").classes == ["tench, Tinca tinca", "goldfish"]
+    del data.classes
+    data.all_categories = ["fly", "bee"]  # iNaturalist's
+    assert open_labelled_images("torch/inaturalist", "train").classes == ["fly", "bee"]
+
+
 def test_torchvision_data_set_with_other_classes_is_refused(fake_data):
     data, _ = fake_data
     assert "has the class 'yes', which the training split lacks" in refusal("torch/mnist", "val", ["no", "maybe"])
+    assert "in another order than the training split" in refusal("torch/mnist", "val", ["yes", "no"])
     del data.classes
     assert "has no classes" in refusal("torch/mnist", "train")
 
@@ -284,8 +391,3 @@ def test_shards_that_cannot_be_used(shards, tmp_path):
     assert "no images with a class" in refusal(f"wds/{shards}", "bare")
     (shards / "damaged-0.tar").write_bytes(b"no tar file" * 100)
     assert f"the shard {shards}/damaged-0.tar cannot be read" in refusal(f"wds/{shards}", "damaged")
-
-
-@pytest.mark.parametrize("data", ["hfids/some/name", "tfds/name"])
-def test_streams_are_refused(data):
-    assert f"{data} is a stream, whose order cannot be resumed" in refusal(data, "train")

@@ -11,15 +11,14 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from convmae.data.augmentation import (
+    Augmentation,
     AugmentationOptions,
     BatchAugmentation,
-    EvaluationImages,
-    LabelledTrainingImages,
-    build_evaluation_loader,
-    build_training_loader,
+    CenterCrop,
 )
 from convmae.data.failures import DecodingFailures
-from convmae.data.sources import ImageCollection
+from convmae.data.loading import build_evaluation_loader, build_training_loader
+from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 from convmae.evaluation.accuracy import Accuracy, evaluate
 from convmae.models.classifier import Classifier
@@ -62,8 +61,8 @@ class LabelledBatches:
         self,
         fabric: Fabric,
         network: Classifier,
-        training: ImageCollection,
-        validation: ImageCollection,
+        training: ImageCollection | ImageStream,
+        validation: ImageCollection | ImageStream,
         failures: DecodingFailures,
         batch_size: int,
         workers: int,
@@ -76,21 +75,23 @@ class LabelledBatches:
             raise UserError(f"mixup and cutmix need pairs, a pass has {batch_size} images: choose an even number")
         size, channels = network.settings["image_size"], network.settings["in_channels"]
         self.num_classes = len(training.classes)
+        self.num_images = training.reader.num_samples if isinstance(training, ImageStream) else len(training)
         self.failures = failures
         self._fabric, self._seed = fabric, seed
         self._normalize = network.encoder.normalize
         self._vary = BatchAugmentation(augmentation, self.num_classes, fabric.device)
-        images = LabelledTrainingImages(training, size, channels, augmentation, seed, skip_damaged)
-        on_gpu, ranks, rank = fabric.device.type == "cuda", fabric.world_size, fabric.global_rank
-        self._training = build_training_loader(images, batch_size, workers, on_gpu, ranks, rank)
-        self._validation = build_evaluation_loader(
-            EvaluationImages(validation, size, channels, skip_damaged, network.crop_pct),
-            batch_size,
-            workers,
-            on_gpu,
-            ranks,
-            rank,
-        )
+        shared: dict[str, Any] = {
+            "batch_size": batch_size,
+            "skip_damaged": skip_damaged,
+            "num_workers": workers,
+            "pin_memory": fabric.device.type == "cuda",
+            "num_replicas": fabric.world_size,
+            "rank": fabric.global_rank,
+        }
+        vary = Augmentation(size, channels, augmentation)
+        self._training = build_training_loader(training, vary, seed=seed, **shared)
+        center_crop = CenterCrop(size, channels, network.crop_pct)
+        self._validation = build_evaluation_loader(validation, center_crop, **shared)
 
     def __len__(self) -> int:
         """Training batches an epoch."""

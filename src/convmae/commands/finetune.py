@@ -81,7 +81,8 @@ def finetune(
     """Fine-tune a pretrained encoder to classify images, or train one from scratch.
 
     Args:
-        data: a folder with train/CLASS/images and val/CLASS/images; wds/FOLDER, hfds/NAME or torch/NAME.
+        data: a folder with train/CLASS/images and val/CLASS/images; wds/FOLDER, hfds/NAME,
+            hfids/NAME, tfds/NAME or torch/NAME.
         weights: a pretraining run, checkpoint or file, ours or published; left out, training starts from scratch.
         model: size, for training from scratch: tiny, small, base, large or huge.
         output: folder of the run: configuration, metrics, pictures, checkpoints, the best model.
@@ -124,7 +125,7 @@ def finetune(
     )
     if not 0 <= drop_path < 1 or not 0 <= (ema_decay or 0) < 1:
         raise UserError("drop_path and ema_decay are rates: choose them from 0 to less than 1")
-    training = open_labelled_images(data, train_split)
+    training = open_labelled_images(data, train_split, shuffled=True)
     classes = training.classes
     validation = open_labelled_images(data, val_split, classes)
 
@@ -194,7 +195,7 @@ def finetune(
     log.say(
         f"{f'weights {weights}' if weights else f'convmae {model} from scratch'}, "
         f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {data}: "
-        f"{len(training)} images of {len(classes)} classes, "
+        f"{batches.num_images} images of {len(classes)} classes, "
         f"{epochs} epochs of {steps_per_epoch} steps of {batch_size} images; "
         f"{fabric.world_size} x {fabric.device.type}, {fabric._precision.precision}"
         + (f"; resumed at step {restored['step']}" if restored else "")

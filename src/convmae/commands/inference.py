@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from convmae import weights as weights_files
-from convmae.data.augmentation import EvaluationImages, build_evaluation_loader
+from convmae.data.augmentation import CenterCrop
 from convmae.data.demo import demo_photographs
+from convmae.data.loading import build_evaluation_loader
 from convmae.data.sources import EXTENSIONS, ImageCollection, open_files, open_images
 from convmae.errors import UserError
 from convmae.models.classifier import Classifier
@@ -54,6 +55,11 @@ class TrainedModel:
         """Channels of the images that it is given."""
         return self.network.settings["in_channels"]
 
+    @property
+    def center_crop(self) -> CenterCrop:
+        """How it sees images, those of its validation included."""
+        return CenterCrop(self.image_size, self.in_channels, self.crop_pct)
+
     def digest(self) -> str:
         """SHA-256 of the weights file: two models that agree in it give the same features."""
         with self.file.open("rb") as file:
@@ -66,7 +72,7 @@ def load_trained(
     """The model of any weights file, frozen, on the device that `engine` names; see `load_classifier`.
 
     image_size: side of the square images it will be given, or height and width; crop_pct: how they are cropped, see
-        EvaluationImages; by default those of the weights.
+        CenterCrop; by default those of the weights.
     """
     settings: dict[str, Any] = {"global_pool": "avg"}  # pooled features exist, whatever the weights were saved without
     if image_size is not None:
@@ -129,9 +135,12 @@ class OrderedBatches:
         self.damaged: list[str] = []
         self._description, self._first, self._batch_size, self._total = description, first, batch_size, len(pictures)
         self._loader = build_evaluation_loader(
-            EvaluationImages(pictures, model.image_size, model.in_channels, skip_damaged, model.crop_pct),
-            batch_size,
-            model.workers if self._total - first > batch_size else 0,  # for one batch a process is not worth starting
+            pictures,
+            model.center_crop,
+            batch_size=batch_size,
+            skip_damaged=skip_damaged,
+            # For one batch a process is not worth starting.
+            num_workers=model.workers if self._total - first > batch_size else 0,
             pin_memory=model.fabric.device.type == "cuda",
             first=first,
         )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from convmae import weights as weights_files
 from convmae.data.failures import DecodingFailures
-from convmae.data.images import PretrainingImages, TrainingLoader, build_loader
+from convmae.data.images import RandomCrop
+from convmae.data.loading import TrainingImages, TrainingLoader, build_training_loader
 from convmae.data.sampler import mixed_seed
 from convmae.data.sources import open_images
 from convmae.errors import UserError
@@ -139,12 +140,10 @@ def pretrain(
 
     fabric = start_engine(engine)
     batch_of_a_pass = divide_batch(batch_size, fabric.world_size, accumulate)
-    loader = build_loader(
+    loader = build_training_loader(
         source,
-        image_size=size,
+        RandomCrop(size, in_channels, crop_scale),
         batch_size=batch_of_a_pass,
-        in_channels=in_channels,
-        scale=crop_scale,
         seed=seed,
         num_workers=loader_workers(engine, fabric),
         pin_memory=fabric.device.type == "cuda",
@@ -271,7 +270,7 @@ def _draw(network: ConvMAE, images: Tensor, path: Path) -> None:
 
 def _examples(loader: TrainingLoader) -> list[Tensor]:
     """The images of every picture of the run; none yet for a stream, whose first batch serves."""
-    if not isinstance(loader.dataset, PretrainingImages):
+    if not isinstance(loader.dataset, TrainingImages):
         return []
     count = min(_EXAMPLES, len(loader.dataset))
     return [loader.dataset[0, number * len(loader.dataset) // count]["image"] for number in range(count)]

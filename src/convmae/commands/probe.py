@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from convmae import weights as weights_files
 from convmae.commands.classification import LabelledBatches, Supervised, train_classifier
-from convmae.data.augmentation import NO_AUGMENTATION, EvaluationImages, build_evaluation_loader
+from convmae.data.augmentation import NO_AUGMENTATION, CenterCrop
 from convmae.data.failures import DecodingFailures
 from convmae.data.labelled import open_labelled_images
-from convmae.data.sources import ImageCollection
+from convmae.data.loading import build_evaluation_loader
+from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 from convmae.evaluation.accuracy import Accuracy, judge
 from convmae.evaluation.features import extract_features
@@ -122,7 +123,8 @@ def probe(
     on random crops: 90 passes over the images.
 
     Args:
-        data: a folder with train/CLASS/images and val/CLASS/images; wds/FOLDER, hfds/NAME or torch/NAME.
+        data: a folder with train/CLASS/images and val/CLASS/images; wds/FOLDER, hfds/NAME,
+            hfids/NAME, tfds/NAME or torch/NAME.
         weights: a run, checkpoint or file, ours or published.
         output: folder for the result and the classifier.
         form: fast or published.
@@ -154,7 +156,7 @@ def probe(
         logging_every_steps=logging.every_steps,
         checkpoint_every_epochs=checkpoint.every_epochs,
     )
-    training = open_labelled_images(data, train_split)
+    training = open_labelled_images(data, train_split, shuffled=form == "published")
     validation = open_labelled_images(data, val_split, training.classes)
     stated: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct}
     chosen = {name: value for name, value in stated.items() if value is not None}
@@ -173,11 +175,14 @@ def probe(
     failures = DecodingFailures(output)
     network.to(fabric.device)
 
-    def features_of(source: ImageCollection) -> tuple[Tensor, Tensor]:
-        size, channels = network.settings["image_size"], network.settings["in_channels"]
-        images = EvaluationImages(source, size, channels, skip_damaged, network.crop_pct)
-        loader = build_evaluation_loader(images, batch_size, loader_workers(engine, fabric))
-
+    def features_of(source: ImageCollection | ImageStream) -> tuple[Tensor, Tensor]:
+        loader = build_evaluation_loader(
+            source,
+            CenterCrop(network.settings["image_size"], network.settings["in_channels"], network.crop_pct),
+            batch_size=batch_size,
+            skip_damaged=skip_damaged,
+            num_workers=loader_workers(engine, fabric),
+        )
         console = Console(stderr=True)
         quiet = not console.is_terminal
 
@@ -210,8 +215,8 @@ def probe(
 
 def _published(
     network: Classifier,
-    training: ImageCollection,
-    validation: ImageCollection,
+    training: ImageCollection | ImageStream,
+    validation: ImageCollection | ImageStream,
     output: Path,
     settings: dict[str, Any],
     epochs: int,
@@ -266,8 +271,9 @@ def _published(
         checkpoint_every_epochs=checkpoint.every_epochs,
     )
     log.say(
-        f"linear probe on {len(training)} images of {len(training.classes)} classes, {epochs} epochs of {len(batches)} "
-        f"steps of {batch_size} images" + (f"; resumed at step {restored['step']}" if restored else "")
+        f"linear probe on {batches.num_images} images of {len(training.classes)} classes, "
+        f"{epochs} epochs of {len(batches)} steps of {batch_size} images"
+        + (f"; resumed at step {restored['step']}" if restored else "")
     )
     began = time.monotonic()
     try:

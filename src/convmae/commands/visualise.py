@@ -16,7 +16,7 @@ from convmae.commands.inference import (
     open_pictures,
     report_damaged,
 )
-from convmae.data.augmentation import EvaluationImages
+from convmae.data.loading import EvaluationImages
 from convmae.errors import UserError
 from convmae.evaluation.components import principal_components
 from convmae.models.attention import Attention
@@ -76,7 +76,7 @@ def visualise(
     if head is not None and not 0 <= head < attention.num_heads:
         raise UserError(f"there is no head {head}: the last block has heads 0 to {attention.num_heads - 1}")
 
-    dataset = EvaluationImages(pictures, model.image_size, model.in_channels, skip_damaged, model.crop_pct)
+    dataset = EvaluationImages(pictures, model.center_crop, skip_damaged)
     count = min(count, len(pictures))
     chosen = [number * len(pictures) // count for number in range(count)]
     samples = [dataset[number] for number in chosen]

@@ -1,12 +1,12 @@
-"""Where labelled pictures come from: class folders, shards, a Hugging Face data set, or one of torchvision's.
+"""Where labelled pictures come from: class folders, or any of the data sets that timm names by a prefix.
 
-A class is known by its number in `ImageCollection.classes`; nothing is decoded here.
+A class is known by its number in the source's `classes`; nothing is decoded here.
 """
 
 import io
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -17,44 +17,61 @@ from timm.data import create_dataset
 from timm.data.readers import create_reader
 from torchvision.datasets.folder import find_classes, make_dataset
 
-from convmae.data.sources import EXTENSIONS, ImageCollection
+from convmae.data.sources import (
+    EXTENSIONS,
+    ImageCollection,
+    ImageStream,
+    opening,
+    parse_location,
+    stream_hugging_face,
+)
 from convmae.errors import UserError
 
 # The names under which data sets keep the same split.
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "test"))
 
+_TENSORFLOW_FORMAT = "array_record"  # the one whose examples can be read in any order
+
 _CLASS_NAMES_FILE = "classes.txt"  # beside shards, a class a line
 
 
-def open_labelled_images(data: str | Path, split: str, classes: Sequence[str] | None = None) -> ImageCollection:
+def open_labelled_images(
+    data: str | Path, split: str, classes: Sequence[str] | None = None, shuffled: bool = False
+) -> ImageCollection | ImageStream:
     """The labelled pictures of one split.
 
     data: a folder that holds SPLIT/CLASS/pictures at any depth; `wds/FOLDER` (a local folder of WebDataset shards whose
-    names tell the split); `hfds/NAME` (Hugging Face data set, a hub name or a local folder); or `torch/NAME`
-    (torchvision's cifar10, cifar100, mnist, fashion_mnist, ..., downloaded at first).
+    names tell the split); `hfds/NAME` (Hugging Face data set, a hub name or a local folder); `hfids/NAME` (the same,
+    streamed; `|N` gives the number of training images where it is unknown); `tfds/NAME` (TensorFlow data set, a name or
+    the folder of one); or `torch/NAME` (torchvision's cifar10, cifar100, mnist, fashion_mnist, ...).
     split: `train`, `val`, or whatever the data set calls it; the usual synonyms are found. classes: those of the
-    training split, which another split may not exceed.
+    training split, which another split may not exceed. shuffled: for training, of a stream, whose order is its own.
 
     Raises UserError where there is nothing to read, fewer than two classes, or an unknown one.
     """
     prefix, _, name = str(data).partition("/")
+    source: ImageCollection | ImageStream
     if prefix == "hfds":
-        collection = _open_hugging_face(str(data), name, split)
+        source = _open_hugging_face(str(data), name, split)
+    elif prefix == "hfids":
+        source = _stream_hugging_face(str(data), name, split, shuffled)
+    elif prefix == "tfds":
+        source = _open_tensorflow(str(data), name, split)
     elif prefix == "torch":
-        collection = _open_torchvision(str(data), split)
+        source = _open_torchvision(str(data), split)
     elif prefix == "wds":
-        collection = _open_shards(str(data), Path(name), split)
-    elif prefix in ("hfids", "tfds"):
-        raise UserError(f"{data} is a stream, whose order cannot be resumed: use a folder, wds/, hfds/ or torch/")
+        source = _open_shards(str(data), Path(name), split)
     else:
-        collection = _open_folder(Path(data), split, classes)
-    if len(collection.classes) < 2:
-        found = f"only one class, '{collection.classes[0]}'" if collection.classes else "no classes"
-        raise UserError(f"{collection.name} has {found}: classification needs two or more")
-    unknown = sorted(set(collection.classes) - set(classes if classes is not None else collection.classes))
+        source = _open_folder(Path(data), split, classes)
+    if len(source.classes) < 2:
+        found = f"only one class, '{source.classes[0]}'" if source.classes else "no classes"
+        raise UserError(f"{source.name} has {found}: classification needs two or more")
+    unknown = sorted(set(source.classes) - set(classes if classes is not None else source.classes))
     if unknown:
-        raise UserError(f"{collection.name} has the class '{unknown[0]}', which the training split lacks: remove it")
-    return collection
+        raise UserError(f"{source.name} has the class '{unknown[0]}', which the training split lacks: remove it")
+    if classes is not None and source.classes != list(classes)[: len(source.classes)]:
+        raise UserError(f"{source.name} numbers its classes in another order than the training split: write it again")
+    return source
 
 
 class _FolderReader:
@@ -171,28 +188,84 @@ def _open_shards(data: str, folder: Path, split: str) -> ImageCollection:
 
 
 def _open_hugging_face(data: str, name: str, split: str) -> ImageCollection:
+    with opening(data, split):
+        split, image, label, classes = _hugging_face_columns(data, name, split, streamed=False)
+        reader = create_reader(f"hfds/{name}", split=split, input_key=image, target_key=label)
+    return ImageCollection(f"{data} ({split})", reader, "row {}".format, classes)
+
+
+def _stream_hugging_face(data: str, location: str, split: str, shuffled: bool) -> ImageStream:
+    name, num_samples = parse_location(data, location)
+    with opening(data, split):
+        split, image, label, classes = _hugging_face_columns(data, name, split, streamed=True)
+        stream = stream_hugging_face(data, name, split, image, label, num_samples, classes, shuffled)
+    stream.name = f"{data} ({split})"
+    return stream
+
+
+def _hugging_face_columns(data: str, name: str, split: str, streamed: bool) -> tuple[str, str, str, list[str]]:
+    """The split's own name, the columns of pictures and of their classes, and the classes."""
     if find_spec("datasets") is None:
         raise UserError("reading Hugging Face data sets needs `datasets`: pip install 'convmae[hub]'")
     import datasets
 
-    try:
-        available = datasets.get_dataset_split_names(name)
-        split = next((known for known in _called(split) if known in available), split)
-        features = datasets.load_dataset_builder(name).info.features
-        features = features or datasets.load_dataset(name, split=split).features  # local files tell theirs when read
-        columns = {
-            kind: [key for key, feature in features.items() if isinstance(feature, kind)]
-            for kind in (datasets.Image, datasets.ClassLabel)
-        }
-        if not all(columns.values()):
-            raise UserError(f"{data} has no column of images or none of classes: its columns are {', '.join(features)}")
-        image, label = columns[datasets.Image][0], columns[datasets.ClassLabel][0]
-        reader = create_reader(f"hfds/{name}", split=split, input_key=image, target_key=label)
-    except UserError:
-        raise
-    except Exception as error:  # no such data set or split, no network: `datasets` has a type for each
-        raise _unopened(data, split, error) from error
-    return ImageCollection(f"{data} ({split})", reader, "row {}".format, features[label].names)
+    available = datasets.get_dataset_split_names(name)
+    split = next((known for known in _called(split) if known in available), split)
+    features = datasets.load_dataset_builder(name).info.features
+    # Local files tell theirs when they are read.
+    features = features or datasets.load_dataset(name, split=split, streaming=streamed).features or {}
+    image, label = _columns(data, features, datasets.Image, datasets.ClassLabel)
+    return split, image, label, list(features[label].names)
+
+
+class _TensorflowReader:
+    """A TensorFlow data set that can be read at any place: reader[index] -> (binary file, class)."""
+
+    def __init__(self, source: Sequence[Any], image: str, label: str) -> None:
+        self._source, self._image, self._label = source, image, label
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        example = self._source[index]
+        return io.BytesIO(example[self._image]), int(example[self._label])
+
+
+def _open_tensorflow(data: str, name: str, split: str) -> ImageCollection:
+    if find_spec("tensorflow_datasets") is None or find_spec("array_record") is None:
+        raise UserError("reading TensorFlow data sets needs more packages: pip install 'convmae[tfds]'")
+    import tensorflow_datasets
+
+    with opening(data, split):
+        try:
+            if Path(name).is_dir():
+                builder = tensorflow_datasets.builder_from_directory(name, file_format=_TENSORFLOW_FORMAT)
+            else:
+                builder = tensorflow_datasets.builder(name, file_format=_TENSORFLOW_FORMAT)
+        except ValueError as error:
+            if "file format" not in str(error):
+                raise
+            cure = "convert it, tfds convert_format"
+            raise UserError(f"{data} is not written as {_TENSORFLOW_FORMAT}: {cure}") from error
+        builder.download_and_prepare()  # does nothing where that is done
+        features = builder.info.features
+        image, label = _columns(
+            data, features, tensorflow_datasets.features.Image, tensorflow_datasets.features.ClassLabel
+        )
+        split = next((known for known in _called(split) if known in builder.info.splits), split)
+        undecoded = {image: tensorflow_datasets.decode.SkipDecoding()}
+        reader = _TensorflowReader(builder.as_data_source(split=split, decoders=undecoded), image, label)
+    return ImageCollection(f"{data} ({split})", reader, "example {}".format, features[label].names)
+
+
+def _columns(data: str, features: Mapping[str, Any], picture: type, classes: type) -> tuple[str, str]:
+    """The first column of pictures and the first of classes."""
+    images, labels = ([key for key, kind in features.items() if isinstance(kind, one)] for one in (picture, classes))
+    if not images or not labels:
+        known = ", ".join(features) or "unknown"
+        raise UserError(f"{data} has no column of images or none of classes: its columns are {known}")
+    return images[0], labels[0]
 
 
 class _TorchvisionReader:
@@ -214,17 +287,11 @@ class _TorchvisionReader:
 
 def _open_torchvision(data: str, split: str) -> ImageCollection:
     root = Path(torch.hub.get_dir()) / "datasets"
-    try:
+    with opening(data, split):
         dataset = create_dataset(data, root=str(root), split=split, download=True)
-    except (AssertionError, OSError, RuntimeError) as error:  # unknown, no network, damaged download
-        raise _unopened(data, split, error) from error
-    classes = [str(name) for name in getattr(dataset, "classes", [])]
+    named = getattr(dataset, "classes", None) or getattr(dataset, "all_categories", [])  # the second of iNaturalist
+    classes = [name if isinstance(name, str) else ", ".join(name) for name in named]  # ImageNet has synonyms
     return ImageCollection(f"{data} ({split})", _TorchvisionReader(dataset), "picture {}".format, classes)
-
-
-def _unopened(data: str, split: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{data}, split {split}, cannot be opened, check both: {reason}")
 
 
 def _called(split: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ readers find them; nothing is decoded here.
 import io
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,10 +42,13 @@ class ImageCollection:
 
 
 class ImageStream:
-    """Encoded pictures in shuffled order without end, this rank's and worker's share of the shards."""
+    """Encoded pictures one after the other, this rank's and worker's share of the shards.
 
-    def __init__(self, name: str, reader: Any, num_shards: int) -> None:
-        self.name, self.num_shards, self.reader = name, num_shards, reader
+    `classes` names their classes, where they have any. Streams made for training are shuffled.
+    """
+
+    def __init__(self, name: str, reader: Any, num_shards: int, classes: Sequence[str] = ()) -> None:
+        self.name, self.num_shards, self.reader, self.classes = name, num_shards, reader, list(classes)
 
     def configure(self, batch_size: int, num_workers: int, num_replicas: int, rank: int, seed: int) -> None:
         """Tells timm's reader who reads; before the first iteration."""
@@ -56,22 +60,27 @@ class ImageStream:
         """Samples an epoch on this rank, rounded up to whole batches in every worker."""
         return len(self.reader)
 
-    def __iter__(self) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
-        """Yields (name or "", function that opens it); raises UserError where a worker has no shard."""
+    def __iter__(self) -> Iterator[tuple[str, Callable[[], tuple[BinaryIO, int]]]]:
+        """Yields (name or "", function that opens it and tells its class, 0 where there are no classes)."""
         if self.reader.ds is None:
             self._start()
+        for encoded, key in self.reader:
+            yield self._named(encoded, key)
+
+    def repeated(self) -> Iterator[tuple[str, Callable[[], tuple[BinaryIO, int]]]]:
+        """The same without end; raises UserError where a worker has no shard."""
         while True:
             empty = True
-            for encoded, key in self.reader:
+            for picture in self:
                 empty = False
-                yield self._named(encoded, key)
+                yield picture
             if empty:
                 raise UserError(f"{self.name}: a worker has no shard to read: use fewer processes or more shards")
 
     def _start(self) -> None:
         raise NotImplementedError
 
-    def _named(self, encoded: Any, key: Any) -> tuple[str, Callable[[], BinaryIO]]:
+    def _named(self, encoded: Any, key: Any) -> tuple[str, Callable[[], tuple[BinaryIO, int]]]:
         raise NotImplementedError
 
 
@@ -94,12 +103,12 @@ class _ShardStream(ImageStream):
             reader_wds.wds.map(_shard_picture),
         ]
 
-    def _named(self, encoded: bytes, key: str) -> tuple[str, Callable[[], BinaryIO]]:
-        return key, lambda: io.BytesIO(encoded)
+    def _named(self, encoded: bytes, key: str) -> tuple[str, Callable[[], tuple[BinaryIO, int]]]:
+        return key, lambda: (io.BytesIO(encoded), 0)
 
 
 class _HuggingFaceStream(ImageStream):
-    """A Hugging Face data set, streamed."""
+    """A Hugging Face data set, streamed; the reader's target is the class, where there are classes."""
 
     def _start(self) -> None:
         import datasets
@@ -108,12 +117,12 @@ class _HuggingFaceStream(ImageStream):
         self.reader._lazy_init()
         self.reader.ds = self.reader.ds.cast_column(self.reader.input_key, datasets.Image(decode=False))
 
-    def _named(self, encoded: dict[str, Any], key: Any) -> tuple[str, Callable[[], BinaryIO]]:
-        if encoded is None:
-            encoded = {"bytes": b"", "path": None}
-        if encoded["bytes"] is None:
-            return encoded["path"], lambda: fsspec.open(encoded["path"], "rb").open()
-        return encoded["path"] or "", lambda: io.BytesIO(encoded["bytes"])
+    def _named(self, encoded: dict[str, Any] | None, key: Any) -> tuple[str, Callable[[], tuple[BinaryIO, int]]]:
+        picture = encoded or {"bytes": b"", "path": None}
+        label = (-1 if key is None else key) if self.classes else 0
+        if picture["bytes"] is None:
+            return picture["path"], lambda: (fsspec.open(picture["path"], "rb").open(), label)
+        return picture["path"] or "", lambda: (io.BytesIO(picture["bytes"]), label)
 
 
 def open_images(data: str | Path, split: str = "train") -> ImageCollection | ImageStream:
@@ -171,7 +180,7 @@ def _open_folder(folder: Path) -> ImageCollection:
 def _open_shards(data: str, location: str) -> ImageStream:
     if find_spec("webdataset") is None:
         raise UserError("reading shards needs WebDataset: pip install 'convmae[shards]'")
-    location, _, count = location.partition("|")
+    location, num_samples = parse_location(data, location)
     folder, _, pattern = location.rpartition("/")
     if not pattern.endswith(".tar"):
         raise UserError(f"{data} names no shards: write wds/FOLDER/shards-{{0000..0003}}.tar")
@@ -184,9 +193,10 @@ def _open_shards(data: str, location: str) -> ImageStream:
         raise UserError(f"{data} matches no shard: there is no {missing[0]}; check the folder and {{first..last}}")
     if missing:
         raise UserError(f"the shard {missing[0]} does not exist: check {{first..last}} in {data}")
-    if not local and not count:
+    if not local and num_samples is None:
         raise UserError(f"remote shards cannot be counted: append the number of pictures, {data}|N")
-    num_samples = _positive_count(data, count) if count else sum(map(_count_pictures, shards))
+    if num_samples is None:
+        num_samples = sum(map(_count_pictures, shards))
     if not num_samples:
         raise UserError(f"the shards of {data} hold no images: accepted are {' '.join(EXTENSIONS)}")
     reader = create_reader("wds/", root=folder, split=pattern, is_training=True, num_samples=num_samples)
@@ -198,9 +208,8 @@ def _open_hugging_face(data: str, prefix: str, location: str, split: str) -> Ima
         raise UserError("reading Hugging Face data sets needs `datasets`: pip install 'convmae[hub]'")
     import datasets
 
-    name, _, count = location.partition("|")
-    num_samples = _positive_count(data, count) if count else None
-    try:
+    name, num_samples = parse_location(data, location)
+    with opening(data, split):
         features = datasets.load_dataset_builder(name).info.features
         columns = [key for key, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
         if features and not columns:
@@ -208,26 +217,66 @@ def _open_hugging_face(data: str, prefix: str, location: str, split: str) -> Ima
         # The columns of local files are unknown until they are read; `datasets` then calls theirs "image".
         column = columns[0] if columns else "image"
         # timm requires a label column; naming the pictures' own column as the label makes do without.
-        options: dict[str, Any] = {"split": split, "input_key": column, "target_key": column}
-        if prefix == "hfds":
-            reader = create_reader(f"hfds/{name}", **options)
-            return ImageCollection(data, reader, "row {}".format)
-        reader = create_reader(f"hfids/{name}", **options, input_img_mode="", is_training=True, num_samples=num_samples)
-        num_shards = reader.builder.as_streaming_dataset(split=split).num_shards
+        if prefix == "hfids":
+            return stream_hugging_face(data, name, split, column, column, num_samples)
+        reader = create_reader(f"hfds/{name}", split=split, input_key=column, target_key=column)
+    return ImageCollection(data, reader, "row {}".format)
+
+
+def stream_hugging_face(
+    data: str,
+    name: str,
+    split: str,
+    column: str,
+    target: str,
+    num_samples: int | None,
+    classes: Sequence[str] = (),
+    shuffled: bool = True,
+) -> ImageStream:
+    """The pictures of a column of a Hugging Face data set, and the classes in another where there are any.
+
+    data: how the user calls it; name: how the hub does; num_samples: how many pictures there are, where the data set
+    does not tell. Raises UserError where a shuffled stream does not know, and the many errors of `datasets`.
+    """
+    if num_samples is None and not shuffled:
+        num_samples = 1  # timm's reader asks for it and does not use it
+    try:
+        reader = create_reader(
+            f"hfids/{name}",
+            split=split,
+            input_key=column,
+            target_key=target,
+            input_img_mode="",
+            is_training=shuffled,
+            num_samples=num_samples,
+        )
+    except ValueError as error:
+        if "num_samples" in str(error):
+            raise UserError(f"the length of {data} is unknown: append it, {data}|N") from error
+        raise
+    return _HuggingFaceStream(data, reader, reader.builder.as_streaming_dataset(split=split).num_shards, classes)
+
+
+def parse_location(data: str, location: str) -> tuple[str, int | None]:
+    """`LOCATION|N` -> (LOCATION, N), where `|N` may lack; raises UserError where N is no positive number."""
+    location, separator, count = location.partition("|")
+    if separator and not (count.isdecimal() and int(count)):
+        raise UserError(f"{data}: after | comes the number of pictures, not {count!r}")
+    return location, int(count) if separator else None
+
+
+@contextmanager
+def opening(data: str, split: str) -> Iterator[None]:
+    """Turn what a library raises inside, a type of its own for each mistake, into a UserError."""
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # no such data set or split, no network: `datasets` has a type for each
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if "num_samples" in reason:
-            raise UserError(f"the length of {data} is unknown: append it, {data}|N") from error
+    except ModuleNotFoundError as error:
+        raise UserError(f"{data} needs a package that is not installed: pip install {error.name}") from error
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{data}, split {split}, cannot be opened, check both: {reason}") from error
-    return _HuggingFaceStream(data, reader, num_shards)
-
-
-def _positive_count(data: str, count: str) -> int:
-    if not count.isdecimal() or int(count) == 0:
-        raise UserError(f"{data}: after | comes the number of pictures, not {count!r}")
-    return int(count)
 
 
 def _count_pictures(shard: str) -> int:

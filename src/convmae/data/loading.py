@@ -1,0 +1,323 @@
+"""From the pictures of a source to batches, for training in a random order without end, for judging in order once.
+
+A transform (RandomCrop, Augmentation, CenterCrop) makes a tensor of an encoded picture. Here it gets its seed, damaged
+pictures are replaced, left out or refused, and processes and workers get their shares. B batch, C channels, H height,
+W width.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, BinaryIO
+
+import torch
+from timm.data.readers.shared_count import SharedCount
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+
+from convmae.data.images import UndecodableImageError, undecodable_if_damaged
+from convmae.data.sampler import ResumableSampler, seeded
+from convmae.data.sources import ImageCollection, ImageStream
+from convmae.errors import UserError
+
+Transform = Callable[[BinaryIO], Tensor]
+"""An encoded picture -> uint8 (C, H, W), by the global random numbers where it varies; raises UndecodableImageError."""
+
+_FAILURES_IN_A_ROW = 50  # more than chance damage: a broken disk, or not pictures at all
+
+_logger = logging.getLogger(__name__)
+
+
+# Samples
+
+
+class TrainingImages(Dataset):
+    """Varied images by key: dataset[epoch, index] depends on (seed, epoch, index) and on nothing else."""
+
+    def __init__(self, source: ImageCollection, transform: Transform, seed: int = 0, skip_damaged: bool = True) -> None:
+        self.source, self.transform, self.seed, self.skip_damaged = source, transform, seed, skip_damaged
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """{"image": uint8 (C, H, W), "label": int, "failed": names and reasons of the damaged pictures it replaces}.
+
+        The index is taken modulo the length, the label 0 without classes. Raises UserError where 50 in a row, or all,
+        are damaged, and at the first of them unless skip_damaged.
+        """
+        epoch, index = key
+        failed: list[str] = []
+        for attempt in range(min(_FAILURES_IN_A_ROW, len(self))):
+            position = (index + attempt) % len(self)
+            try:
+                with seeded(self.seed, epoch, index):
+                    sample = _sample(self.source, partial(self.source.open_labelled, position), self.transform)
+            except UndecodableImageError as error:
+                failed.append(_failure(self.source.picture_name(position), error, self.skip_damaged))
+            else:
+                return {**sample, "failed": failed}
+        raise _all_failed(self.source, failed)
+
+
+class StreamedTrainingImages(IterableDataset):
+    """Varied images of a stream; each depends on the seed, the epoch, the worker and its place there."""
+
+    def __init__(
+        self, source: ImageStream, transform: Transform, batch_size: int, seed: int = 0, skip_damaged: bool = True
+    ) -> None:
+        self.source, self.transform, self.seed, self.skip_damaged = source, transform, seed, skip_damaged
+        self.batch_size = batch_size
+        self.epoch, self.first_batch = SharedCount(), SharedCount()  # workers that live on see them change
+
+    def set_position(self, epoch: int, batch: int = 0) -> None:
+        """The next iteration yields `epoch` without its first `batch` batches."""
+        self.source.reader.set_epoch(epoch)
+        self.epoch.value, self.first_batch.value = epoch, batch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields samples as TrainingImages does, and raises as it does."""
+        worker = get_worker_info()
+        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        # Batch b comes from worker b % num_workers. What was seen is read again, but not decoded.
+        skipped = len(range(worker_id, self.first_batch.value, num_workers)) * self.batch_size
+        wanted = len(self.source) // num_workers - skipped
+        if not wanted:
+            return
+        failed: list[str] = []
+        for place, (name, open_labelled) in enumerate(self.source.repeated()):
+            if place < skipped:
+                continue
+            reading_worker = self.source.reader.global_worker_id
+            try:
+                with seeded(self.seed, self.epoch.value, reading_worker, place):
+                    sample = _sample(self.source, open_labelled, self.transform)
+            except UndecodableImageError as error:
+                name = name or f"sample {place} of worker {reading_worker}"
+                failed.append(_failure(name, error, self.skip_damaged))
+                if len(failed) == _FAILURES_IN_A_ROW:
+                    raise _all_failed(self.source, failed) from error
+                continue
+            yield {**sample, "failed": failed}
+            failed = []
+            wanted -= 1
+            if not wanted:
+                return
+
+
+class EvaluationImages(Dataset):
+    """Images by index, all seen in the same way."""
+
+    def __init__(self, source: ImageCollection, transform: Transform, skip_damaged: bool = False) -> None:
+        self.source, self.transform, self.skip_damaged = source, transform, skip_damaged
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"image": uint8 (C, H, W), "label": int, "index": int, "failed": []}; "image" is None for a damaged file.
+
+        Raises UserError for a damaged file unless skip_damaged.
+        """
+        open_labelled = partial(self.source.open_labelled, index)
+        name = partial(self.source.picture_name, index)
+        return {"index": index, **_judged(self.source, open_labelled, self.transform, name, self.skip_damaged)}
+
+
+class StreamedEvaluationImages(IterableDataset):
+    """The images of a stream, each once, all seen in the same way."""
+
+    def __init__(self, source: ImageStream, transform: Transform, skip_damaged: bool = False) -> None:
+        self.source, self.transform, self.skip_damaged = source, transform, skip_damaged
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields samples as EvaluationImages does, without an "index"."""
+        for place, (name, open_labelled) in enumerate(self.source):
+            called = (name or f"sample {place} of worker {self.source.reader.global_worker_id}").__str__
+            yield _judged(self.source, open_labelled, self.transform, called, self.skip_damaged)
+
+
+def _sample(
+    source: ImageCollection | ImageStream, open_labelled: Callable[[], tuple[BinaryIO, int]], transform: Transform
+) -> dict[str, Any]:
+    """{"image": uint8 (C, H, W), "label": int}; raises UndecodableImageError."""
+    with undecodable_if_damaged():
+        file, label = open_labelled()
+    with file:
+        image = transform(file)
+    if source.classes and not 0 <= label < len(source.classes):
+        raise UserError(f"{source.name} has images without a class (number {label}): choose another split")
+    return {"image": image, "label": label}
+
+
+def _judged(
+    source: ImageCollection | ImageStream,
+    open_labelled: Callable[[], tuple[BinaryIO, int]],
+    transform: Transform,
+    name: Callable[[], str],
+    skip_damaged: bool,
+) -> dict[str, Any]:
+    try:
+        return {**_sample(source, open_labelled, transform), "failed": []}
+    except UndecodableImageError as error:
+        return {"image": None, "label": 0, "failed": [_failure(name(), error, skip_damaged)]}
+
+
+def _failure(name: str, error: UndecodableImageError, skip_damaged: bool) -> str:
+    """What to report of a damaged picture; raises UserError unless they are to be skipped."""
+    if not skip_damaged:
+        raise UserError(
+            f"{name} cannot be decoded, replace or delete it, or leave such images out with --skip-damaged: {error}"
+        ) from error
+    return f"{name}: {error}"
+
+
+def _all_failed(source: ImageCollection | ImageStream, failed: list[str]) -> UserError:
+    return UserError(f"{source.name}: {len(failed)} images in a row cannot be decoded, check the files: {failed[-1]}")
+
+
+# Batches
+
+
+class ImageLoader(DataLoader):
+    """A DataLoader whose workers' UserErrors arrive as they were raised."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            # A worker's error arrives as a whole traceback, of which the last line is the message.
+            message = str(error).strip().splitlines()[-1].removeprefix("convmae.errors.UserError: ")
+            raise UserError(message) from error
+
+
+class TrainingLoader(ImageLoader):
+    """Whole batches, the same number on every rank; its length is what remains of the epoch.
+
+    Call `set_position` before each epoch, or the last one is replayed.
+    """
+
+    def set_position(self, epoch: int, batch: int = 0) -> None:
+        """The next iteration yields `epoch` from batch number `batch` on.
+
+        A collection continues the exact sequence. A stream continues with the same samples, but where `batch` is
+        no multiple of num_workers its batches are in another order, and damaged pictures shift the start.
+        """
+        positioned: Any = self.sampler if self._stream is None else self._stream
+        positioned.set_position(epoch, batch)
+
+    @property
+    def _stream(self) -> StreamedTrainingImages | None:
+        return self.dataset if isinstance(self.dataset, StreamedTrainingImages) else None
+
+    def __len__(self) -> int:
+        if self._stream is None:
+            return super().__len__()
+        return len(self._stream.source) // self._stream.batch_size - self._stream.first_batch.value
+
+
+def build_training_loader(
+    source: ImageCollection | ImageStream,
+    transform: Transform,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    skip_damaged: bool = True,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    num_replicas: int = 1,
+    rank: int = 0,
+) -> TrainingLoader:
+    """This rank's shuffled batches {"images": uint8 (B, C, H, W), "labels": int64 (B,), "failed": list}.
+
+    batch_size: samples per rank and step. The images of a collection do not depend on num_workers; a stream is
+    split among the workers, of which there are at most as many as shards.
+    """
+    dataset: TrainingImages | StreamedTrainingImages
+    sampler = None
+    if isinstance(source, ImageStream):
+        num_workers = _share_stream(source, batch_size, num_workers, num_replicas, rank, seed)
+        dataset = StreamedTrainingImages(source, transform, batch_size, seed, skip_damaged)
+    else:
+        dataset = TrainingImages(source, transform, seed, skip_damaged)
+        sampler = ResumableSampler(len(dataset), batch_size, seed=seed, num_replicas=num_replicas, rank=rank)
+    return TrainingLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        drop_last=True,
+        persistent_workers=num_workers > 0,
+        # Each pass draws a seed for the workers; from the global generator, a resumed run would have one draw more.
+        generator=torch.Generator(),
+    )
+
+
+def build_evaluation_loader(
+    source: ImageCollection | ImageStream,
+    transform: Transform,
+    *,
+    batch_size: int,
+    skip_damaged: bool = False,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    num_replicas: int = 1,
+    rank: int = 0,
+    first: int = 0,
+) -> ImageLoader:
+    """Batches in order, each image on one rank only; of a collection from image number `first` on.
+
+    {"images": uint8 (B, C, H, W), "labels": (B,), "indices": (B,), "failed": list}; damaged images are left out, so
+    batches may be smaller, or empty. Those of a stream have no "indices" and, with workers, no settled order.
+    """
+    dataset: EvaluationImages | StreamedEvaluationImages
+    sampler = None
+    if isinstance(source, ImageStream):
+        num_workers = _share_stream(source, batch_size, num_workers, num_replicas, rank)
+        dataset = StreamedEvaluationImages(source, transform, skip_damaged)
+    else:
+        dataset = EvaluationImages(source, transform, skip_damaged)
+        sampler = range(first + rank, len(dataset), num_replicas)
+    return ImageLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_collate_decoded,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+    )
+
+
+def _share_stream(
+    source: ImageStream, batch_size: int, num_workers: int, num_replicas: int, rank: int, seed: int = 0
+) -> int:
+    """Tell the stream who reads it; the number of workers, at most one a shard."""
+    most = max(1, source.num_shards // num_replicas)
+    if num_workers > most:
+        _logger.warning("%s: %d loader workers instead of %d, one a shard", source.name, most, num_workers)
+        num_workers = most
+    source.configure(batch_size, num_workers, num_replicas, rank, seed)
+    return num_workers
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "images": default_collate([sample["image"] for sample in samples]),
+        "labels": torch.tensor([sample["label"] for sample in samples]),
+        "failed": [failure for sample in samples for failure in sample["failed"]],
+    }
+
+
+def _collate_decoded(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    decoded = [sample for sample in samples if sample["image"] is not None]
+    batch = {
+        "images": torch.stack([sample["image"] for sample in decoded]) if decoded else torch.empty(0),
+        "labels": torch.tensor([sample["label"] for sample in decoded], dtype=torch.int64),
+        "failed": [failure for sample in samples for failure in sample["failed"]],
+    }
+    if "index" in samples[0]:
+        batch["indices"] = torch.tensor([sample["index"] for sample in decoded], dtype=torch.int64)
+    return batch

@@ -1,0 +1,358 @@
+"""Batches for training and for judging: order, shares, resuming, damaged pictures, of collections and of streams."""
+
+import io
+import random
+from dataclasses import replace
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from convmae.data.augmentation import NO_AUGMENTATION, Augmentation, AugmentationOptions, CenterCrop
+from convmae.data.images import RandomCrop
+from convmae.data.labelled import open_labelled_images
+from convmae.data.loading import (
+    EvaluationImages,
+    TrainingImages,
+    build_evaluation_loader,
+    build_training_loader,
+)
+from convmae.data.sources import open_images
+from convmae.errors import UserError
+
+CROP = RandomCrop((8, 8))
+VARIED = Augmentation((8, 8), 3, AugmentationOptions())
+WHOLE = Augmentation((8, 8), 3, replace(NO_AUGMENTATION, crop_scale=(1.0, 1.0), flip=0.0))
+CENTRE = CenterCrop((8, 8))
+
+
+def encoded(image, image_format="PNG"):
+    file = io.BytesIO()
+    image.save(file, image_format)
+    return file.getvalue()
+
+
+def plain(value):
+    """A grey picture that its value tells from others."""
+    return Image.new("RGB", (20, 16), (value, value, value))
+
+
+def photograph(width, height):
+    """A smooth coloured picture with no symmetry."""
+    pixels = numpy.random.default_rng(width).integers(0, 256, (6, 8, 3), dtype=numpy.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def source_of(folder, pictures):
+    """The pictures (or bytes) in order, number i in the class i // 5."""
+    for number, picture in enumerate(pictures):
+        path = folder / "train" / "abcd"[number // 5] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture if isinstance(picture, bytes) else encoded(picture))
+    return open_labelled_images(folder, "train")
+
+
+def training_loader(source, transform=WHOLE, batch_size=4, **options):
+    return build_training_loader(source, transform, **{"batch_size": batch_size, "skip_damaged": False, **options})
+
+
+def evaluation_loader(source, batch_size=4, **options):
+    return build_evaluation_loader(source, CENTRE, batch_size=batch_size, **options)
+
+
+def epoch_of(batches, epoch=0, batch=0):
+    batches.set_position(epoch, batch)
+    result = list(batches)
+    assert len(result) == len(batches)
+    return result
+
+
+def values(batch):
+    """The batch's grey values, each of a plain picture."""
+    assert (batch["images"] == batch["images"][:, :1, :1, :1]).all()
+    return batch["images"][:, 0, 0, 0].tolist()
+
+
+def seen_in(batches):
+    """(value, label) of every picture, in order."""
+    return [pair for batch in batches for pair in zip(values(batch), batch["labels"].tolist(), strict=True)]
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        torch.equal(a["images"], b["images"]) and torch.equal(a["labels"], b["labels"])
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def names(failed):
+    return [failure.partition(".png: ")[0][-2:] for failure in failed]
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    return source_of(tmp_path, [photograph(24 + number, 20) for number in range(8)])
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """Fourteen plain pictures, number i of the value 10 i in the class i // 5."""
+    return source_of(tmp_path, [plain(10 * number) for number in range(14)])
+
+
+# Training
+
+
+@pytest.mark.parametrize("transform", [CROP, VARIED])
+def test_a_sample_depends_on_its_key_and_seed_only(photographs, transform):
+    dataset = TrainingImages(photographs, transform, seed=1)
+    states = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    image = dataset[2, 3]["image"]
+    assert (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+    torch.rand(7)
+    dataset[0, 0]
+    assert torch.equal(dataset[2, 3]["image"], image)
+    others = [dataset[1, 3], dataset[2, 11], TrainingImages(photographs, transform, seed=2)[2, 3]]
+    assert not any(torch.equal(other["image"], image) for other in others)
+
+
+@pytest.mark.parametrize("transform", [CROP, VARIED])
+def test_workers_do_not_change_the_batches_and_a_position_continues_them(photographs, transform):
+    without, with_workers = (training_loader(photographs, transform, 2, num_workers=number) for number in (0, 2))
+    epochs = [epoch_of(without, epoch) for epoch in (0, 1)]
+    assert not same(*epochs)
+    for batch in epochs[0]:
+        assert (batch["images"].dtype, batch["images"].shape) == (torch.uint8, (2, 3, 8, 8))
+        assert batch["images"].is_contiguous()
+    for epoch in (1, 0):
+        assert same(epoch_of(with_workers, epoch), epochs[epoch])
+    fresh = training_loader(photographs, transform, 2)
+    assert same(epoch_of(fresh, epoch=1, batch=3), epochs[1][3:])
+    assert same(epoch_of(with_workers, epoch=1, batch=1), epochs[1][1:])
+
+
+def test_training_batches_hold_each_image_once_with_its_label(numbered):
+    batches = training_loader(numbered, batch_size=2)
+    orders = []
+    for epoch in (0, 1):
+        orders.append(seen_in(epoch_of(batches, epoch)))
+        assert sorted(orders[-1]) == [(10 * number, number // 5) for number in range(14)]
+    assert orders[0] != orders[1]
+    whole = epoch_of(training_loader(numbered))
+    assert [len(set(values(batch))) for batch in whole] == [4, 4, 4]
+    assert len(set(seen_in(whole))) == 12
+
+
+def test_ranks_share_the_training_images(numbered):
+    seen = []
+    for rank in (0, 1, 2):
+        seen += seen_in(epoch_of(training_loader(numbered, batch_size=2, num_replicas=3, rank=rank)))
+    assert len(seen) == len(set(seen)) == 12
+
+
+def test_a_source_smaller_than_a_batch_fills_one(photographs):
+    (batch,) = epoch_of(training_loader(photographs, CROP, 16))
+    assert len(batch["images"]) == 16
+    assert len(torch.unique(batch["images"], dim=0)) == 16
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_batches_are_in_order(numbered, num_workers):
+    batches = list(evaluation_loader(numbered, num_workers=num_workers))
+    assert [batch["indices"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
+    for batch in batches:
+        assert values(batch) == (10 * batch["indices"]).tolist()
+        assert torch.equal(batch["labels"], batch["indices"] // 5)
+        assert batch["failed"] == []
+
+
+def test_evaluation_from_any_image_on_and_over_ranks(numbered):
+    shares = []
+    for rank in (0, 1, 2):
+        loader = evaluation_loader(numbered, 2, num_replicas=3, rank=rank, first=5)
+        shares.append([index for batch in loader for index in batch["indices"].tolist()])
+        assert len(list(loader)) == len(loader)
+    assert shares == [[5, 8, 11], [6, 9, 12], [7, 10, 13]]
+    assert list(evaluation_loader(numbered, first=14)) == []
+
+
+# Damaged files
+
+
+@pytest.fixture
+def partly_damaged(tmp_path):
+    """Twelve plain pictures, the numbers 3, 4 and 11 damaged: 4 is truncated."""
+    pictures = [plain(10 * number) for number in range(12)]
+    pictures[3] = pictures[11] = b"damaged"
+    pictures[4] = encoded(photograph(200, 200))[:5000]
+    return source_of(tmp_path, pictures)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("transform", [CROP, WHOLE, CENTRE])
+def test_truncated_files_count_as_damaged(image_format, transform, tmp_path):
+    data = encoded(photograph(600, 600), image_format)
+    (tmp_path / "0.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "1.png").write_bytes(encoded(plain(50)))
+    sample = TrainingImages(open_images(tmp_path), transform)[0, 0]
+    assert [failure.partition(": ")[0] for failure in sample["failed"]] == ["0.png"]
+    assert (sample["image"] == 50).all()
+
+
+def test_a_damaged_file_is_refused_by_its_name(partly_damaged):
+    training = training_loader(partly_damaged, batch_size=6)
+    for batches, expected in ((training, ("03", "04", "11")), (evaluation_loader(partly_damaged), ("03",))):
+        with pytest.raises(UserError) as error:
+            list(batches)
+        message = str(error.value)
+        assert any(f"/{name}.png cannot be decoded, replace or delete it" in message for name in expected)
+        assert "--skip-damaged: " in message
+        assert "\n" not in message
+
+
+def test_damaged_files_are_replaced_in_training(partly_damaged):
+    dataset = TrainingImages(partly_damaged, WHOLE)
+    sample = dataset[0, 3]
+    assert names(sample["failed"]) == ["03", "04"]
+    assert sample["failed"][0].endswith("/03.png: not an image, or of an unknown format")
+    assert "truncated" in sample["failed"][1]
+    assert (sample["image"] == 50).all()
+    assert sample["label"] == 1
+    assert (dataset[0, 11]["image"] == 0).all()  # after the last comes the first
+    whole = epoch_of(training_loader(partly_damaged, skip_damaged=True))
+    assert [len(batch["images"]) for batch in whole] == [4, 4, 4]
+    assert sorted(names(failure for batch in whole for failure in batch["failed"])) == ["03", "04", "04", "11"]
+    assert all(label == value // 50 for value, label in seen_in(whole))
+
+
+def test_damaged_files_are_left_out_of_evaluation(partly_damaged):
+    for num_workers in (0, 1):
+        batches = list(evaluation_loader(partly_damaged, 3, skip_damaged=True, num_workers=num_workers))
+        assert [batch["indices"].tolist() for batch in batches] == [[0, 1, 2], [5], [6, 7, 8], [9, 10]]
+        assert [names(batch["failed"]) for batch in batches] == [[], ["03", "04"], [], ["11"]]
+        for batch in batches:
+            assert values(batch) == (10 * batch["indices"]).tolist()
+            assert torch.equal(batch["labels"], batch["indices"] // 5)
+    empty = list(evaluation_loader(partly_damaged, 1, skip_damaged=True))[3]
+    assert (len(empty["images"]), len(empty["labels"]), len(empty["indices"])) == (0, 0, 0)
+    assert names(empty["failed"]) == ["03"]
+
+
+@pytest.mark.parametrize(("number", "in_a_row", "num_workers"), [(3, 3, 0), (60, 50, 0), (3, 3, 1)])
+def test_nothing_but_damaged_files_is_an_error_of_one_line(tmp_path, number, in_a_row, num_workers):
+    for index in range(number):
+        (tmp_path / f"{index}.jpg").write_bytes(b"damaged")
+    with pytest.raises(UserError) as error:
+        list(training_loader(open_images(tmp_path), CROP, skip_damaged=True, num_workers=num_workers))
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}: {in_a_row} images in a row cannot be decoded, check the files: ")
+    assert "\n" not in message
+
+
+def test_only_the_files_are_blamed_for_damage(photographs):
+    def broken(file):
+        raise ValueError("a mistake of our own")
+
+    with pytest.raises(ValueError, match="a mistake of our own"):
+        EvaluationImages(photographs, broken, skip_damaged=True)[0]
+    with pytest.raises(ValueError, match="a mistake of our own"):
+        TrainingImages(photographs, broken)[0, 0]
+
+
+# Streams of labelled pictures
+
+
+@pytest.fixture
+def streamed(tmp_path, monkeypatch):
+    """A Hugging Face data set of four shards with five pictures each, number i of the value 10 i in the class i % 3."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    # After each pass over Parquet files it waits for Arrow's threads, five seconds long.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
+
+    def write(damaged=(), unlabelled=()):
+        features = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y", "z"])})
+        (tmp_path / "set").mkdir(exist_ok=True)
+        for shard in range(4):
+            numbers = range(5 * shard, 5 * shard + 5)
+            pictures = [b"damaged" if number in damaged else encoded(plain(10 * number)) for number in numbers]
+            columns = {
+                "image": [
+                    {"bytes": data, "path": f"{number:02d}.png"} for number, data in zip(numbers, pictures, strict=True)
+                ],
+                "kind": [-1 if number in unlabelled else number % 3 for number in numbers],
+            }
+            path = tmp_path / "set" / f"train-{shard:05d}-of-00004.parquet"
+            datasets.Dataset.from_dict(columns, features).to_parquet(path)
+        return f"hfids/{tmp_path}/set|20"
+
+    return write
+
+
+EVERY = [(10 * number, number % 3) for number in range(20)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_is_shuffled_anew_each_epoch_and_keeps_its_labels(streamed, num_workers):
+    def fresh():
+        source = open_labelled_images(streamed(), "train", shuffled=True)
+        return training_loader(source, batch_size=5, num_workers=num_workers, seed=1)
+
+    batches = fresh()
+    epochs = [epoch_of(batches, epoch) for epoch in (0, 1)]
+    for epoch in epochs:
+        assert [len(batch["images"]) for batch in epoch] == [5] * 4
+        assert sorted(seen_in(epoch)) == EVERY
+        assert seen_in(epoch) != EVERY
+    assert seen_in(epochs[0]) != seen_in(epochs[1])
+    assert same(epoch_of(fresh(), epoch=1), epochs[1])
+    assert same(epoch_of(fresh(), epoch=1, batch=2), epochs[1][2:])
+
+
+def test_ranks_share_a_stream(streamed):
+    data = streamed()
+    for shuffled, build in ((True, training_loader), (False, evaluation_loader)):
+        seen = []
+        for rank in (0, 1):
+            source = open_labelled_images(data, "train", shuffled=shuffled)
+            batches = build(source, batch_size=5, num_replicas=2, rank=rank)
+            if shuffled:
+                batches.set_position(0)
+            seen += seen_in(batches)
+        assert sorted(seen) == EVERY
+
+
+@pytest.mark.parametrize("num_workers", [0, 2, 9])
+def test_a_stream_is_evaluated_once_in_order(streamed, num_workers, caplog):
+    data = streamed().partition("|")[0]  # nobody needs the number
+    batches = evaluation_loader(open_labelled_images(data, "train"), 3, num_workers=num_workers)
+    for _ in range(2):
+        seen = seen_in(batches)
+        assert sorted(seen) == EVERY
+        assert seen == EVERY or num_workers
+    assert ("4 loader workers instead of 9" in caplog.text) == (num_workers == 9)
+
+
+def test_damaged_pictures_of_a_stream(streamed):
+    data = streamed(damaged=(3, 7))
+    source = open_labelled_images(data, "train", shuffled=True)
+    for batches in (training_loader(source, batch_size=20), evaluation_loader(open_labelled_images(data, "train"))):
+        with pytest.raises(UserError, match=r"(03|07)\.png cannot be decoded, replace or delete it"):
+            list(batches)
+    source = open_labelled_images(data, "train", shuffled=True)
+    (whole,) = epoch_of(training_loader(source, batch_size=20, skip_damaged=True))
+    assert {value for value, _ in seen_in([whole])} <= {10 * number for number in range(20) if number not in (3, 7)}
+    assert set(names(whole["failed"])) == {"03", "07"}
+    batches = list(evaluation_loader(open_labelled_images(data, "train"), skip_damaged=True))
+    assert seen_in(batches) == [pair for pair in EVERY if pair[0] not in (30, 70)]
+    assert [names(batch["failed"]) for batch in batches] == [["03"], ["07"], [], [], []]
+
+
+def test_pictures_without_a_class_are_refused(streamed):
+    source = open_labelled_images(streamed(unlabelled=(6,)), "train")
+    with pytest.raises(UserError, match=r"set\|20 \(train\) has images without a class \(number -1\): choose"):
+        list(evaluation_loader(source))
