@@ -49,10 +49,11 @@ def loss_curve(path: str | Path, metrics: Sequence[Mapping[str, float]]) -> None
     left, *below = figure.subplots(2 if evaluations else 1, 1, squeeze=False, sharex=True)[:, 0]
     logged = [record for record in metrics if "loss" in record]
     steps = [record["step"] for record in logged]
-    left.plot(steps, [record["loss"] for record in logged], color="tab:blue")
+    markers = ("o", ".") if len(logged) == 1 else ("", "")  # one point makes no line
+    left.plot(steps, [record["loss"] for record in logged], marker=markers[0], color="tab:blue")
     left.set_ylabel("training loss", color="tab:blue")
     right = left.twinx()
-    right.plot(steps, [record["lr"] for record in logged], color="tab:orange", linewidth=0.8)
+    right.plot(steps, [record["lr"] for record in logged], marker=markers[1], color="tab:orange", linewidth=0.8)
     right.set_ylabel("learning rate", color="tab:orange")
     for axes in below:
         for name, label in (("top1", "top-1"), ("top5", "top-5")):
