@@ -108,7 +108,7 @@ def neighbours(
         raise UserError(f"{data} holds no image but the query: give more images")
     neighbours_picture(output, rows)
     _show(found)
-    Console().print(f"{len(found)} queries with their neighbours: {output}", markup=False, soft_wrap=True)
+    Console().print(f"images with their neighbours: {output}", markup=False, soft_wrap=True)
     return found
 
 
