@@ -1,11 +1,15 @@
 """Class folders and labelled data sets: what was written comes back with its class."""
 
 import io
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 import webdataset
+from filelock import FileLock
 from PIL import Image
 from torchvision.datasets import FakeData
 
@@ -42,8 +46,8 @@ def contents(collection):
 def streamed_contents(stream):
     """The same of a stream."""
     found = []
-    for _, open_labelled in stream:
-        file, label = open_labelled()
+    for picture in stream:
+        file, label = picture.open_labelled()
         with file, Image.open(file) as image:
             found.append((stream.classes[label], image.convert("RGB").getpixel((3, 2))[0]))
     return sorted(found)
@@ -166,7 +170,7 @@ def test_hugging_face_folder_of_images(datasets, folder):
     assert contents(training) == OF_TRAINING
     validation = open_labelled_images(f"hfds/{folder}", "val", training.classes)  # `datasets` says validation
     assert contents(validation) == [("bee", 12), ("cow", 24), ("cow", 25)]
-    assert validation.picture_name(2) == "row 2"
+    assert validation.picture_name(2) == f"hfds/{folder} (validation), row 2"
     message = refusal(f"hfds/{folder}", "nowhere")
     assert message.startswith(f"hfds/{folder}, split nowhere, cannot be opened, check both: ")
 
@@ -184,7 +188,7 @@ def test_hugging_face_columns_of_any_name(datasets, tmp_path):
 def test_hugging_face_data_set_without_pictures_or_classes_is_refused(datasets, tmp_path):
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "train.csv").write_text("name,size\na,1\nb,2\n")
-    expected = "has no column of images or none of classes: its columns are"
+    expected = "has no column of images or none of classes, its columns are"
     assert f"{expected} name, size" in refusal(f"hfds/{tmp_path}/table", "train")
     write(tmp_path / "flat", 1, 2)
     assert f"{expected} image" in refusal(f"hfds/{tmp_path}/flat", "train")
@@ -213,7 +217,20 @@ def test_streamed_hugging_face_data_set(datasets, folder):
     assert streamed_contents(validation) == [("bee", 12), ("cow", 24), ("cow", 25)]
     assert "not 'many'" in refusal(f"hfids/{folder}|many", "train")
     assert "cannot be opened, check both: " in refusal(f"hfids/{folder}", "nowhere")
-    assert "has no column of images" in refusal(f"hfids/{folder / 'train' / 'ant'}", "train")
+    assert "a local folder needs SPLIT/CLASS/images" in refusal(f"hfids/{folder / 'train' / 'ant'}", "train")
+    for prefix in ("hfds", "hfids"):
+        assert refusal(f"{prefix}/", "train").startswith(f"{prefix}/ names no data")
+
+
+def test_a_stream_too_long_for_its_buffer_is_warned_of(datasets, folder, monkeypatch, caplog):
+    for path in (folder / "train" / "cow" / "young" / "brown").iterdir():
+        path.rename(folder / "train" / "cow" / path.name)
+    monkeypatch.setattr("timm.data.readers.reader_hfids.SHUFFLE_SIZE", 4)
+    open_labelled_images(f"hfids/{folder}|4", "train", shuffled=True)
+    open_labelled_images(f"hfids/{folder}|5", "train")
+    assert not caplog.text
+    open_labelled_images(f"hfids/{folder}|5", "train", shuffled=True)
+    assert "is one shard of 5 images, shuffled 4 at a time: if they are sorted by class, read" in caplog.text
 
 
 # TensorFlow data sets
@@ -255,7 +272,7 @@ def test_tensorflow_data_set(tensorflow_data_set, by_folder):
     training = open_labelled_images(data, "training")
     assert training.classes == ["dull", "bright"]
     assert contents(training) == [("bright", 5), ("bright", 7), ("dull", 6)]
-    assert training.picture_name(2) == "example 2"
+    assert training.picture_name(2) == f"{data} (train), example 2"
     validation = open_labelled_images(data, "val", training.classes)
     assert validation.name == f"{data} (validation)"
     assert contents(validation) == [("bright", 9)]
@@ -267,6 +284,16 @@ def test_tensorflow_data_set_in_loading_processes(tensorflow_data_set):
     batches = build_evaluation_loader(source, CenterCrop((4, 4)), batch_size=2, num_workers=2)
     values = torch.cat([batch["images"][:, 0, 2, 2] for batch in batches])
     assert sorted(values.tolist()) == [5, 6, 7]
+
+
+def test_several_processes_prepare_a_tensorflow_data_set_once(tensorflow_data_set, tmp_path):
+    """Each waits for the one that prepares; all then read."""
+    data = f"tfds/{tensorflow_data_set}"
+    with ThreadPoolExecutor() as pool, FileLock(Path(tempfile.gettempdir()) / f"convmae-{data.replace('/', '-')}.lock"):
+        waiting = [pool.submit(open_labelled_images, data, "train") for _ in range(2)]
+        assert not wait(waiting, timeout=1).done
+    pool.shutdown()
+    assert [len(one.result()) for one in waiting] == [3, 3]
 
 
 def test_tensorflow_data_sets_that_cannot_be_used(tensorflow_data_set, monkeypatch):

@@ -3,6 +3,7 @@
 import io
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy
 import pytest
@@ -253,6 +254,16 @@ def test_nothing_but_damaged_files_is_an_error_of_one_line(tmp_path, number, in_
     assert "\n" not in message
 
 
+def test_all_labelled_images_in_a_row_may_be_damaged_but_one(tmp_path):
+    for index in range(60):
+        (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / "a" / f"{index}.png").write_bytes(b"damaged")
+    (tmp_path / "train" / "b").mkdir()
+    plain(7).save(tmp_path / "train" / "b" / "0.png")
+    sample = TrainingImages(open_labelled_images(tmp_path, "train"), WHOLE)[0, 0]
+    assert (len(sample["failed"]), sample["label"]) == (60, 1)
+
+
 def test_only_the_files_are_blamed_for_damage(photographs):
     def broken(file):
         raise ValueError("a mistake of our own")
@@ -267,28 +278,26 @@ def test_only_the_files_are_blamed_for_damage(photographs):
 
 
 @pytest.fixture
-def streamed(tmp_path, monkeypatch):
-    """A Hugging Face data set of four shards with five pictures each, number i of the value 10 i in the class i % 3."""
+def columns(tmp_path, monkeypatch):
+    """Write four Parquet shards of five pictures each, number i of the value 10 i in the class i % 3; the folder."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     # After each pass over Parquet files it waits for Arrow's threads, five seconds long.
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
 
-    def write(damaged=(), unlabelled=()):
+    def write(damaged=(), missing=(), labels=None, named=True, picture=lambda number: plain(10 * number)):
         features = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y", "z"])})
-        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set").mkdir()
         for shard in range(4):
-            numbers = range(5 * shard, 5 * shard + 5)
-            pictures = [b"damaged" if number in damaged else encoded(plain(10 * number)) for number in numbers]
-            columns = {
-                "image": [
-                    {"bytes": data, "path": f"{number:02d}.png"} for number, data in zip(numbers, pictures, strict=True)
-                ],
-                "kind": [-1 if number in unlabelled else number % 3 for number in numbers],
-            }
+            images, kinds = [], []
+            for number in range(5 * shard, 5 * shard + 5):
+                file = b"damaged %d" % number if number in damaged else encoded(picture(number))
+                image = {"bytes": file, "path": f"{number:02d}.png" if named else None}
+                images.append(None if number in missing else image)
+                kinds.append((labels or {}).get(number, number % 3))
             path = tmp_path / "set" / f"train-{shard:05d}-of-00004.parquet"
-            datasets.Dataset.from_dict(columns, features).to_parquet(path)
-        return f"hfids/{tmp_path}/set|20"
+            datasets.Dataset.from_dict({"image": images, "kind": kinds}, features).to_parquet(path)
+        return f"{tmp_path}/set"
 
     return write
 
@@ -296,63 +305,133 @@ def streamed(tmp_path, monkeypatch):
 EVERY = [(10 * number, number % 3) for number in range(20)]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stream_is_shuffled_anew_each_epoch_and_keeps_its_labels(streamed, num_workers):
-    def fresh():
-        source = open_labelled_images(streamed(), "train", shuffled=True)
-        return training_loader(source, batch_size=5, num_workers=num_workers, seed=1)
+def stream(folder):
+    return open_labelled_images(f"hfids/{folder}|20", "train", shuffled=True)
 
-    batches = fresh()
+
+def ordered(folder):
+    return open_labelled_images(f"hfids/{folder}", "train")  # whose number nobody needs to know
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_is_shuffled_anew_each_epoch_and_keeps_its_labels(columns, num_workers):
+    folder = columns()
+    batches = training_loader(stream(folder), batch_size=5, num_workers=num_workers, seed=1)
     epochs = [epoch_of(batches, epoch) for epoch in (0, 1)]
     for epoch in epochs:
         assert [len(batch["images"]) for batch in epoch] == [5] * 4
         assert sorted(seen_in(epoch)) == EVERY
         assert seen_in(epoch) != EVERY
     assert seen_in(epochs[0]) != seen_in(epochs[1])
-    assert same(epoch_of(fresh(), epoch=1), epochs[1])
-    assert same(epoch_of(fresh(), epoch=1, batch=2), epochs[1][2:])
+    fresh = training_loader(stream(folder), batch_size=5, num_workers=num_workers, seed=1)
+    assert same(epoch_of(fresh, epoch=1), epochs[1])
+    assert same(epoch_of(fresh, epoch=1, batch=2), epochs[1][2:])
+    rest = epoch_of(fresh, epoch=1, batch=1)
+    assert sorted(seen_in(rest)) == sorted(seen_in(epochs[1][1:]))
+    other = training_loader(stream(folder), batch_size=5, num_workers=num_workers, seed=2)
+    assert seen_in(epoch_of(other, epoch=1)) != seen_in(epochs[1])
 
 
-def test_ranks_share_a_stream(streamed):
-    data = streamed()
-    for shuffled, build in ((True, training_loader), (False, evaluation_loader)):
+def test_each_image_of_a_stream_is_varied_by_seed_epoch_worker_and_place(columns):
+    folder = columns(picture=lambda number: photograph(40, 30))  # twenty times the same picture
+
+    def views(seed=0, epoch=0, **options):
+        batches = training_loader(stream(folder), CROP, 5, seed=seed, **options)
+        return [image.numpy().tobytes() for batch in epoch_of(batches, epoch) for image in batch["images"]]
+
+    seen = views()
+    assert views() == seen
+    everything = seen + views(seed=1) + views(epoch=1) + views(num_workers=2)[:10]
+    assert len(set(everything)) == len(everything) - 5  # worker 0 makes the same of its first batch as no worker does
+
+
+def test_ranks_share_a_stream(columns):
+    folder = columns()
+    for source, build in ((stream, training_loader), (ordered, evaluation_loader)):
         seen = []
         for rank in (0, 1):
-            source = open_labelled_images(data, "train", shuffled=shuffled)
-            batches = build(source, batch_size=5, num_replicas=2, rank=rank)
-            if shuffled:
+            batches = build(source(folder), batch_size=5, num_replicas=2, rank=rank)
+            if source is stream:
                 batches.set_position(0)
             seen += seen_in(batches)
         assert sorted(seen) == EVERY
 
 
 @pytest.mark.parametrize("num_workers", [0, 2, 9])
-def test_a_stream_is_evaluated_once_in_order(streamed, num_workers, caplog):
-    data = streamed().partition("|")[0]  # nobody needs the number
-    batches = evaluation_loader(open_labelled_images(data, "train"), 3, num_workers=num_workers)
+def test_a_stream_is_evaluated_once_in_order(columns, num_workers, caplog):
+    batches = evaluation_loader(ordered(columns()), 3, num_workers=num_workers)
     for _ in range(2):
         seen = seen_in(batches)
         assert sorted(seen) == EVERY
+        for worker in range(4):  # each shard is in order, whoever reads it
+            shard = EVERY[5 * worker : 5 * worker + 5]
+            assert [pair for pair in seen if pair in shard] == shard
         assert seen == EVERY or num_workers
     assert ("4 loader workers instead of 9" in caplog.text) == (num_workers == 9)
 
 
-def test_damaged_pictures_of_a_stream(streamed):
-    data = streamed(damaged=(3, 7))
-    source = open_labelled_images(data, "train", shuffled=True)
-    for batches in (training_loader(source, batch_size=20), evaluation_loader(open_labelled_images(data, "train"))):
-        with pytest.raises(UserError, match=r"(03|07)\.png cannot be decoded, replace or delete it"):
+def test_workers_without_a_whole_batch_would_lengthen_the_epoch(columns):
+    folder = columns()
+    for num_workers, batch_size, started in ((4, 5, 4), (4, 8, 2), (2, 16, 1), (0, 16, 0)):
+        batches = training_loader(stream(folder), batch_size=batch_size, num_workers=num_workers)
+        assert batches.num_workers == started
+        assert 20 <= len(batches) * batch_size < 2 * 20
+
+
+def test_damaged_pictures_of_a_stream(columns):
+    folder = columns(damaged=(3, 7), missing=(12,))
+    bad = [(30, 0), (70, 1), (120, 0)]
+    for batches in (training_loader(stream(folder), batch_size=20), evaluation_loader(ordered(folder))):
+        with pytest.raises(UserError, match=r"set.* \(train\), .* cannot be decoded, replace or delete it"):
             list(batches)
-    source = open_labelled_images(data, "train", shuffled=True)
-    (whole,) = epoch_of(training_loader(source, batch_size=20, skip_damaged=True))
-    assert {value for value, _ in seen_in([whole])} <= {10 * number for number in range(20) if number not in (3, 7)}
-    assert set(names(whole["failed"])) == {"03", "07"}
-    batches = list(evaluation_loader(open_labelled_images(data, "train"), skip_damaged=True))
-    assert seen_in(batches) == [pair for pair in EVERY if pair[0] not in (30, 70)]
-    assert [names(batch["failed"]) for batch in batches] == [["03"], ["07"], [], [], []]
+    (whole,) = epoch_of(training_loader(stream(folder), batch_size=20, skip_damaged=True))
+    assert set(seen_in([whole])) <= set(EVERY) - set(bad)
+    batches = epoch_of(training_loader(stream(folder), batch_size=5, skip_damaged=True))
+    failed = [failure for batch in batches for failure in batch["failed"]]
+    assert len(failed) == len(set(failed)) == 3
+    batches = list(evaluation_loader(ordered(folder), skip_damaged=True))
+    assert seen_in(batches) == [pair for pair in EVERY if pair not in bad]
+    assert [names(batch["failed"]) for batch in batches if batch["failed"]][:2] == [["03"], ["07"]]
 
 
-def test_pictures_without_a_class_are_refused(streamed):
-    source = open_labelled_images(streamed(unlabelled=(6,)), "train")
-    with pytest.raises(UserError, match=r"set\|20 \(train\) has images without a class \(number -1\): choose"):
+def test_pictures_of_a_stream_without_names_are_told_apart(columns):
+    folder = columns(damaged=(3, 7), named=False)
+    batches = training_loader(stream(folder), batch_size=20, skip_damaged=True)
+    failed = [{failure for batch in epoch_of(batches, epoch) for failure in batch["failed"]} for epoch in (0, 1)]
+    assert failed[0] == failed[1]
+    assert len(failed[0]) == 2
+    assert all(failure.startswith(f"hfids/{folder}|20 (train), image with the checksum ") for failure in failed[0])
+
+
+def test_nothing_but_damaged_pictures_in_a_stream(columns):
+    folder = columns(damaged=range(20))
+    with pytest.raises(UserError, match="20 images in a row cannot be decoded, check the files"):
+        list(training_loader(stream(folder), skip_damaged=True))
+
+
+@pytest.mark.parametrize("prefix", ["hfds", "hfids"])
+@pytest.mark.parametrize("label", [None, -1])
+def test_pictures_without_a_class_are_refused(columns, prefix, label):
+    source = open_labelled_images(f"{prefix}/{columns(labels={6: label})}", "train")
+    with pytest.raises(UserError, match=rf"\(train\) has images without a class \(number {label}\): choose"):
         list(evaluation_loader(source))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_that_breaks_ends_with_one_line(columns, num_workers):
+    folder = columns()
+    source = stream(folder)
+    for shard in Path(folder).iterdir():
+        shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"\(train\) cannot be read any further: .") as error:
+        list(training_loader(source, num_workers=num_workers))
+    assert "\n" not in str(error.value)
+
+
+def test_a_process_without_a_shard_says_so(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "shard-0000.tar")) as shard:
+        shard.write({"__key__": "0", "png": encoded(plain(1))})
+    source = open_images(f"wds/{tmp_path}/shard-{{0000..0000}}.tar")
+    with pytest.raises(UserError, match="use fewer processes or more shards"):
+        list(training_loader(source, batch_size=1, num_replicas=2, rank=1))

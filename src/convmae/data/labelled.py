@@ -4,9 +4,12 @@ A class is known by its number in the source's `classes`; nothing is decoded her
 """
 
 import io
+import logging
 import re
 import tarfile
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -26,6 +29,8 @@ from convmae.data.sources import (
     stream_hugging_face,
 )
 from convmae.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 # The names under which data sets keep the same split.
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "test"))
@@ -191,7 +196,7 @@ def _open_hugging_face(data: str, name: str, split: str) -> ImageCollection:
     with opening(data, split):
         split, image, label, classes = _hugging_face_columns(data, name, split, streamed=False)
         reader = create_reader(f"hfds/{name}", split=split, input_key=image, target_key=label)
-    return ImageCollection(f"{data} ({split})", reader, "row {}".format, classes)
+    return _collection(data, split, reader, "row", classes)
 
 
 def _stream_hugging_face(data: str, location: str, split: str, shuffled: bool) -> ImageStream:
@@ -200,6 +205,12 @@ def _stream_hugging_face(data: str, location: str, split: str, shuffled: bool) -
         split, image, label, classes = _hugging_face_columns(data, name, split, streamed=True)
         stream = stream_hugging_face(data, name, split, image, label, num_samples, classes, shuffled)
     stream.name = f"{data} ({split})"
+    if shuffled and stream.num_shards == 1 and stream.reader.num_samples > stream.reader.shuffle_size:
+        _logger.warning(
+            "%s is one shard of %d images, shuffled %d at a time: if they are sorted by class, read them as hfds/ or "
+            "from their folder",
+            *(stream.name, stream.reader.num_samples, stream.reader.shuffle_size),
+        )
     return stream
 
 
@@ -209,6 +220,8 @@ def _hugging_face_columns(data: str, name: str, split: str, streamed: bool) -> t
         raise UserError("reading Hugging Face data sets needs `datasets`: pip install 'convmae[hub]'")
     import datasets
 
+    if not name:
+        raise UserError(f"{data} names no data set: write {data}NAME")
     available = datasets.get_dataset_split_names(name)
     split = next((known for known in _called(split) if known in available), split)
     features = datasets.load_dataset_builder(name).info.features
@@ -236,8 +249,10 @@ def _open_tensorflow(data: str, name: str, split: str) -> ImageCollection:
     if find_spec("tensorflow_datasets") is None or find_spec("array_record") is None:
         raise UserError("reading TensorFlow data sets needs more packages: pip install 'convmae[tfds]'")
     import tensorflow_datasets
+    from filelock import FileLock
 
-    with opening(data, split):
+    lock = Path(tempfile.gettempdir()) / f"convmae-tfds-{name.replace('/', '-')}.lock"
+    with opening(data, split), FileLock(lock):  # of several processes one prepares it
         try:
             if Path(name).is_dir():
                 builder = tensorflow_datasets.builder_from_directory(name, file_format=_TENSORFLOW_FORMAT)
@@ -256,7 +271,7 @@ def _open_tensorflow(data: str, name: str, split: str) -> ImageCollection:
         split = next((known for known in _called(split) if known in builder.info.splits), split)
         undecoded = {image: tensorflow_datasets.decode.SkipDecoding()}
         reader = _TensorflowReader(builder.as_data_source(split=split, decoders=undecoded), image, label)
-    return ImageCollection(f"{data} ({split})", reader, "example {}".format, features[label].names)
+    return _collection(data, split, reader, "example", features[label].names)
 
 
 def _columns(data: str, features: Mapping[str, Any], picture: type, classes: type) -> tuple[str, str]:
@@ -264,8 +279,15 @@ def _columns(data: str, features: Mapping[str, Any], picture: type, classes: typ
     images, labels = ([key for key, kind in features.items() if isinstance(kind, one)] for one in (picture, classes))
     if not images or not labels:
         known = ", ".join(features) or "unknown"
-        raise UserError(f"{data} has no column of images or none of classes: its columns are {known}")
+        cure = "choose another; a local folder needs SPLIT/CLASS/images with two classes or more"
+        raise UserError(f"{data} has no column of images or none of classes, its columns are {known}: {cure}")
     return images[0], labels[0]
+
+
+def _collection(data: str, split: str, reader: Any, unit: str, classes: Sequence[str]) -> ImageCollection:
+    """A collection whose pictures are known by their numbers alone."""
+    name = f"{data} ({split})"
+    return ImageCollection(name, reader, partial("{}, {} {}".format, name, unit), classes)
 
 
 class _TorchvisionReader:
@@ -291,7 +313,7 @@ def _open_torchvision(data: str, split: str) -> ImageCollection:
         dataset = create_dataset(data, root=str(root), split=split, download=True)
     named = getattr(dataset, "classes", None) or getattr(dataset, "all_categories", [])  # the second of iNaturalist
     classes = [name if isinstance(name, str) else ", ".join(name) for name in named]  # ImageNet has synonyms
-    return ImageCollection(f"{data} ({split})", _TorchvisionReader(dataset), "picture {}".format, classes)
+    return _collection(data, split, _TorchvisionReader(dataset), "picture", classes)
 
 
 def _called(split: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from convmae.errors import UserError
 Transform = Callable[[BinaryIO], Tensor]
 """An encoded picture -> uint8 (C, H, W), by the global random numbers where it varies; raises UndecodableImageError."""
 
-_FAILURES_IN_A_ROW = 50  # more than chance damage: a broken disk, or not pictures at all
+_FAILURES_IN_A_ROW = 50  # of unlabelled pictures; more than chance damage: a broken disk, or not pictures at all
 
 _logger = logging.getLogger(__name__)
 
@@ -43,12 +43,12 @@ class TrainingImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """{"image": uint8 (C, H, W), "label": int, "failed": names and reasons of the damaged pictures it replaces}.
 
-        The index is taken modulo the length, the label 0 without classes. Raises UserError where 50 in a row, or all,
-        are damaged, and at the first of them unless skip_damaged.
+        The index is taken modulo the length, the label 0 without classes. Raises UserError at the first damaged picture
+        unless skip_damaged, and where 50 in a row, of labelled ones all, are damaged.
         """
         epoch, index = key
         failed: list[str] = []
-        for attempt in range(min(_FAILURES_IN_A_ROW, len(self))):
+        for attempt in range(_most_failures(self.source)):
             position = (index + attempt) % len(self)
             try:
                 with seeded(self.seed, epoch, index):
@@ -85,17 +85,15 @@ class StreamedTrainingImages(IterableDataset):
         if not wanted:
             return
         failed: list[str] = []
-        for place, (name, open_labelled) in enumerate(self.source.repeated()):
+        for place, picture in enumerate(self.source.repeated()):
             if place < skipped:
                 continue
-            reading_worker = self.source.reader.global_worker_id
             try:
-                with seeded(self.seed, self.epoch.value, reading_worker, place):
-                    sample = _sample(self.source, open_labelled, self.transform)
+                with seeded(self.seed, self.epoch.value, self.source.reader.global_worker_id, place):
+                    sample = _sample(self.source, picture.open_labelled, self.transform)
             except UndecodableImageError as error:
-                name = name or f"sample {place} of worker {reading_worker}"
-                failed.append(_failure(name, error, self.skip_damaged))
-                if len(failed) == _FAILURES_IN_A_ROW:
+                failed.append(_failure(picture.name(), error, self.skip_damaged))
+                if len(failed) == _most_failures(self.source):
                     raise _all_failed(self.source, failed) from error
                 continue
             yield {**sample, "failed": failed}
@@ -132,27 +130,28 @@ class StreamedEvaluationImages(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields samples as EvaluationImages does, without an "index"."""
-        for place, (name, open_labelled) in enumerate(self.source):
-            called = (name or f"sample {place} of worker {self.source.reader.global_worker_id}").__str__
-            yield _judged(self.source, open_labelled, self.transform, called, self.skip_damaged)
+        for name, open_labelled in self.source:
+            yield _judged(self.source, open_labelled, self.transform, name, self.skip_damaged)
 
 
 def _sample(
-    source: ImageCollection | ImageStream, open_labelled: Callable[[], tuple[BinaryIO, int]], transform: Transform
+    source: ImageCollection | ImageStream,
+    open_labelled: Callable[[], tuple[BinaryIO, int | None]],
+    transform: Transform,
 ) -> dict[str, Any]:
     """{"image": uint8 (C, H, W), "label": int}; raises UndecodableImageError."""
     with undecodable_if_damaged():
         file, label = open_labelled()
     with file:
         image = transform(file)
-    if source.classes and not 0 <= label < len(source.classes):
+    if source.classes and (label is None or not 0 <= label < len(source.classes)):
         raise UserError(f"{source.name} has images without a class (number {label}): choose another split")
     return {"image": image, "label": label}
 
 
 def _judged(
     source: ImageCollection | ImageStream,
-    open_labelled: Callable[[], tuple[BinaryIO, int]],
+    open_labelled: Callable[[], tuple[BinaryIO, int | None]],
     transform: Transform,
     name: Callable[[], str],
     skip_damaged: bool,
@@ -170,6 +169,11 @@ def _failure(name: str, error: UndecodableImageError, skip_damaged: bool) -> str
             f"{name} cannot be decoded, replace or delete it, or leave such images out with --skip-damaged: {error}"
         ) from error
     return f"{name}: {error}"
+
+
+def _most_failures(source: ImageCollection | ImageStream) -> int:
+    """How many damaged pictures in a row are too many: of labelled ones, which the user asked to skip, all."""
+    return len(source) if source.classes else min(_FAILURES_IN_A_ROW, len(source))
 
 
 def _all_failed(source: ImageCollection | ImageStream, failed: list[str]) -> UserError:
@@ -231,11 +235,13 @@ def build_training_loader(
     """This rank's shuffled batches {"images": uint8 (B, C, H, W), "labels": int64 (B,), "failed": list}.
 
     batch_size: samples per rank and step. The images of a collection do not depend on num_workers; a stream is
-    split among the workers, of which there are at most as many as shards.
+    split among the workers, of which there are at most as many as shards and as batches an epoch.
     """
     dataset: TrainingImages | StreamedTrainingImages
     sampler = None
     if isinstance(source, ImageStream):
+        # An epoch is rounded up to whole batches in every worker.
+        num_workers = min(num_workers, max(1, source.reader.num_samples // (batch_size * num_replicas)))
         num_workers = _share_stream(source, batch_size, num_workers, num_replicas, rank, seed)
         dataset = StreamedTrainingImages(source, transform, batch_size, seed, skip_damaged)
     else:

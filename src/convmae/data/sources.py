@@ -1,16 +1,17 @@
-"""Where unlabelled pictures come from: a folder, shards, the Hugging Face hub or the demo.
+"""Where pictures come from: a folder, shards, the Hugging Face hub or the demo; with classes, see `labelled`.
 
-A source hands out encoded pictures: by index (ImageCollection), or as a shuffled stream (ImageStream). timm's
+A source hands out encoded pictures: by index (ImageCollection), or one after the other (ImageStream). timm's
 readers find them; nothing is decoded here.
 """
 
 import io
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 from timm.data.readers import create_reader
@@ -35,10 +36,18 @@ class ImageCollection:
         """The encoded picture number `index`, 0 <= index < len(self); the caller closes it."""
         return self._reader[index][0]
 
-    def open_labelled(self, index: int) -> tuple[BinaryIO, int]:
-        """The same with the number of its class; 0 where there are no classes."""
+    def open_labelled(self, index: int) -> tuple[BinaryIO, int | None]:
+        """The same with the number of its class, None if it has none; 0 where there are no classes."""
         file, label = self._reader[index]
         return file, label if self.classes else 0
+
+
+class StreamedPicture(NamedTuple):
+    """An encoded picture that a stream has just read."""
+
+    name: Callable[[], str]
+    open_labelled: Callable[[], tuple[BinaryIO, int | None]]
+    """Opens it and tells its class as `ImageCollection.open_labelled` does."""
 
 
 class ImageStream:
@@ -60,15 +69,22 @@ class ImageStream:
         """Samples an epoch on this rank, rounded up to whole batches in every worker."""
         return len(self.reader)
 
-    def __iter__(self) -> Iterator[tuple[str, Callable[[], tuple[BinaryIO, int]]]]:
-        """Yields (name or "", function that opens it and tells its class, 0 where there are no classes)."""
-        if self.reader.ds is None:
-            self._start()
-        for encoded, key in self.reader:
-            yield self._named(encoded, key)
+    def __iter__(self) -> Iterator[StreamedPicture]:
+        """Yields pictures; raises UserError where the stream breaks."""
+        try:
+            if self.reader.ds is None:
+                self._start()
+            pictures = iter(self.reader)
+            while (found := next(pictures, None)) is not None:
+                yield self._named(*found)
+        except UserError:
+            raise
+        except Exception as error:  # of files and networks, through several libraries
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.name} cannot be read any further: {reason}") from error
 
-    def repeated(self) -> Iterator[tuple[str, Callable[[], tuple[BinaryIO, int]]]]:
-        """The same without end; raises UserError where a worker has no shard."""
+    def repeated(self) -> Iterator[StreamedPicture]:
+        """The same without end; raises UserError where a worker has no shard, too."""
         while True:
             empty = True
             for picture in self:
@@ -80,7 +96,7 @@ class ImageStream:
     def _start(self) -> None:
         raise NotImplementedError
 
-    def _named(self, encoded: Any, key: Any) -> tuple[str, Callable[[], tuple[BinaryIO, int]]]:
+    def _named(self, encoded: Any, key: Any) -> StreamedPicture:
         raise NotImplementedError
 
 
@@ -103,8 +119,8 @@ class _ShardStream(ImageStream):
             reader_wds.wds.map(_shard_picture),
         ]
 
-    def _named(self, encoded: bytes, key: str) -> tuple[str, Callable[[], tuple[BinaryIO, int]]]:
-        return key, lambda: (io.BytesIO(encoded), 0)
+    def _named(self, encoded: bytes, key: str) -> StreamedPicture:
+        return StreamedPicture(lambda: key, lambda: (io.BytesIO(encoded), 0))
 
 
 class _HuggingFaceStream(ImageStream):
@@ -117,12 +133,20 @@ class _HuggingFaceStream(ImageStream):
         self.reader._lazy_init()
         self.reader.ds = self.reader.ds.cast_column(self.reader.input_key, datasets.Image(decode=False))
 
-    def _named(self, encoded: dict[str, Any] | None, key: Any) -> tuple[str, Callable[[], tuple[BinaryIO, int]]]:
-        picture = encoded or {"bytes": b"", "path": None}
-        label = (-1 if key is None else key) if self.classes else 0
-        if picture["bytes"] is None:
-            return picture["path"], lambda: (fsspec.open(picture["path"], "rb").open(), label)
-        return picture["path"] or "", lambda: (io.BytesIO(picture["bytes"]), label)
+    def _named(self, encoded: dict[str, Any] | None, key: Any) -> StreamedPicture:
+        data, path = (encoded["bytes"], encoded["path"]) if encoded else (b"", None)
+
+        def name() -> str:
+            if path and "/" in path:
+                return path
+            # Its place in the stream is another in every epoch.
+            return f"{self.name}, {path or f'image with the checksum {zlib.crc32(data):08x}'}"
+
+        def open_labelled() -> tuple[BinaryIO, int | None]:
+            file = fsspec.open(path, "rb").open() if data is None else io.BytesIO(data)
+            return file, key if self.classes else 0
+
+        return StreamedPicture(name, open_labelled)
 
 
 def open_images(data: str | Path, split: str = "train") -> ImageCollection | ImageStream:
@@ -258,8 +282,10 @@ def stream_hugging_face(
 
 
 def parse_location(data: str, location: str) -> tuple[str, int | None]:
-    """`LOCATION|N` -> (LOCATION, N), where `|N` may lack; raises UserError where N is no positive number."""
+    """`LOCATION|N` -> (LOCATION, N), where `|N` may lack; raises UserError without a location or a positive N."""
     location, separator, count = location.partition("|")
+    if not location:
+        raise UserError(f"{data} names no data: add a name or a folder, {str(data).partition('/')[0]}/NAME")
     if separator and not (count.isdecimal() and int(count)):
         raise UserError(f"{data}: after | comes the number of pictures, not {count!r}")
     return location, int(count) if separator else None
