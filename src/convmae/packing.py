@@ -28,10 +28,12 @@ class Packing:
 
     visible: (B, H, W) bool, True = visible.
     index: (B, K) int64, the visible tokens of each image in row-major order.
+    slots: (B, H, W) int32, where a token stands among the visible ones of its image; -1 where it is masked.
     """
 
     visible: Tensor
     index: Tensor
+    slots: Tensor
 
     @classmethod
     def of(cls, visible: Tensor, count: int | None = None) -> "Packing":
@@ -47,7 +49,8 @@ class Packing:
                 raise UserError("every image of a batch needs the same number of visible tokens, at least one")
         # A stable sort of "is masked" lists visible tokens first, in row-major order, without a data-dependent size.
         index = (~visible.flatten(1)).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
-        return cls(visible, index)
+        places = (visible.flatten(1).cumsum(1, dtype=torch.int32) - 1).view(visible.shape)
+        return cls(visible, index.contiguous(), places.where(visible, -1))
 
     @property
     def grid(self) -> Grid:
