@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from convmae.errors import UserError
 from convmae.masking import random_visible
@@ -135,6 +136,23 @@ def test_the_operators_keep_torchs_rules(backend):
     packing = Packing.of(random_visible(2, (3, 4), 0.5, device=DEVICE))
     for operator, arguments in operators(packing, torch.float32, backend):
         torch.library.opcheck(operator, arguments)
+
+
+def test_torch_counts_the_arithmetic_of_visible_cells():
+    packing = Packing.of(random_visible(2, (3, 4), 0.5, device=DEVICE))
+    x, weight, bias = tensors((2, 6, 2, 2, 8), (8, 1, 3, 3), (8,), dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        y = masked_depthwise(x, weight, bias, packing)
+        assert counter.get_total_flops() == 2 * x.numel() * 9
+        y.sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * x.numel() * 9
+    (maps,) = tensors((2, 5, 7, 8), dtype=torch.float32)
+    counts = []
+    for form in (masked_depthwise_dense, module._torch_s_own):
+        with FlopCounterMode(display=False) as counter:
+            form(maps, weight, bias)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 2 * maps.numel() * 9
 
 
 def test_the_reference_against_finite_differences():

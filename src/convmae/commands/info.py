@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from convmae.masking import visible_count
 from convmae.models.autoencoder import ConvMAE
 from convmae.models.registry import create_autoencoder, create_classifier
 
@@ -111,10 +110,8 @@ def _images(model: ConvMAE) -> torch.Tensor:
 
 def _gmac(model: ConvMAE) -> dict[str, float]:
     with FlopCounterMode(display=False) as counter:
-        visible = model(_images(model)).visible
+        model(_images(model))
     by_module = {name: sum(counts.values()) / 2e9 for name, counts in counter.get_flop_counts().items()}
-    # The plain packed depthwise convolution runs over the zeros of masked cells too; only visible cells need it.
-    needless = 0.0 if model.dense else 1 - visible_count(visible[0].numel(), model.mask_ratio) / visible[0].numel()
     found = {}
     for part, names in PARTS.items():
         # A list of blocks is never called itself: its blocks are, under `name.0`, `name.1`, ...
@@ -126,11 +123,6 @@ def _gmac(model: ConvMAE) -> dict[str, float]:
             for path in called
             if name == path
             or (path not in by_module and name.startswith(path + ".") and name.count(".") == depth[path] + 1)
-        )
-        found[part] -= needless * sum(
-            value
-            for name, value in by_module.items()
-            if name.endswith(".depthwise") and name.startswith(tuple(f"{path}." for path in called))
         )
     found["total"] = sum(found.values())
     return found

@@ -7,14 +7,17 @@ the kernel size.
 """
 
 import logging
+import math
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
+from torch.utils.flop_counter import register_flop_formula
 
 from convmae.errors import UserError
 from convmae.ops import masked_depthwise_reference
@@ -112,6 +115,17 @@ def _backward(ctx, gradient: Tensor):
 
 
 _masked_depthwise.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.convmae.masked_depthwise)
+def _flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of visible cells, all of which a packed map holds; from shapes, as torch's counter gives them."""
+    return 2 * math.prod(x) * weight[-1] ** 2
+
+
+@register_flop_formula(torch.ops.convmae.masked_depthwise_weight_gradient)
+def _flops_of_weight_gradient(x: Sequence[int], gradient: Sequence[int], size: int, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * size**2
 
 
 def _packing(index: Tensor | None, slots: Tensor | None) -> Packing | None:
