@@ -14,8 +14,6 @@ from convmae.data.loading import TrainingImages, build_training_loader
 from convmae.data.sources import open_images
 from convmae.errors import UserError
 
-RED, BLUE = (255, 0, 0), (0, 0, 255)
-
 
 def encoded(image, image_format="PNG", **options):
     file = io.BytesIO()
@@ -23,9 +21,9 @@ def encoded(image, image_format="PNG", **options):
     return file.getvalue()
 
 
-def plain(value, size=(20, 16)):
+def plain(value):
     """A grey RGB image that its value tells from others."""
-    return Image.new("RGB", size, (value, value, value))
+    return Image.new("RGB", (20, 16), (value, value, value))
 
 
 @pytest.fixture

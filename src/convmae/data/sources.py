@@ -80,8 +80,7 @@ class ImageStream:
         except UserError:
             raise
         except Exception as error:  # of files and networks, through several libraries
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{self.name} cannot be read any further: {reason}") from error
+            raise UserError(f"{self.name} cannot be read any further: {_reason(error)}") from error
 
     def repeated(self) -> Iterator[StreamedPicture]:
         """The same without end; raises UserError where a worker has no shard, too."""
@@ -301,8 +300,12 @@ def opening(data: str, split: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise UserError(f"{data} needs a package that is not installed: pip install {error.name}") from error
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{data}, split {split}, cannot be opened, check both: {reason}") from error
+        raise UserError(f"{data}, split {split}, cannot be opened, check both: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What a library says went wrong, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _count_pictures(shard: str) -> int:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
 from torch.utils.flop_counter import register_flop_formula
 
 from convmae.errors import UserError
@@ -43,7 +42,7 @@ def masked_depthwise_dense(
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     if backend == "auto" and not (computes_on_cpu(x) or _computes_on_gpu(x)):
         # Exported graphs hold torch's own operators only; torch.compile makes good CPU code of them.
-        return _torch_s_own(x, weight, bias)
+        return masked_depthwise_reference.convolve_dense(x, weight, bias)
     return _masked_depthwise(x, weight, bias, None, None, backend)
 
 
@@ -61,11 +60,6 @@ def masked_depthwise(x: Tensor, weight: Tensor, bias: Tensor, packing: Packing, 
 def _computes_on_gpu(x: Tensor) -> bool:
     # A proxy of torch.fx and what torch.jit traces are no tensors on a GPU, or come to stand in an exported graph.
     return not (torch.compiler.is_exporting() or torch.jit.is_tracing()) and isinstance(x, Tensor) and x.is_cuda
-
-
-def _torch_s_own(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y = conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[-1])
-    return y.permute(0, 2, 3, 1)
 
 
 # The operator: `index` and `slots` are a Packing's, or None for a dense map, all of whose cells are visible.

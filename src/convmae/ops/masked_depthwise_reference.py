@@ -16,8 +16,8 @@ _PART_BYTES = 2 * 2**20
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing | None) -> Tensor:
     """x (B, H, W, C) or packed (B, K, s, s, C), weight (C, 1, k, k), bias (C,) -> the shape of x."""
     if packing is None:
-        return _convolve(x, weight, bias).contiguous()
-    return packing.pack(_convolve(packing.unpack(x), weight, bias))
+        return convolve_dense(x, weight, bias).contiguous()
+    return packing.pack(convolve_dense(packing.unpack(x), weight, bias))
 
 
 def weight_gradient(x: Tensor, gradient: Tensor, size: int, packing: Packing | None) -> Tensor:
@@ -69,7 +69,7 @@ def _as_weight(sums: Tensor, x: Tensor) -> Tensor:
     return sums.t().contiguous().view(-1, 1, size, size).to(x.dtype)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def convolve_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(B, H, W, C) -> (B, H, W, C). The permutations only rename axes: channels-last is the faster layout here."""
     y = conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[-1])
     return y.permute(0, 2, 3, 1)
