@@ -1,6 +1,7 @@
 """What several test files share: the golden values and tiny models."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ from safetensors.torch import load_file
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports triton, whose own functions take it from there
+
+# Compiled code is kept by the forward alone: of another version of an operator's backward torch would find the old one.
+_compiled = tempfile.TemporaryDirectory()
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
 GOLDEN = Path(__file__).parent / "golden"
 

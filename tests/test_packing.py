@@ -55,6 +55,15 @@ def test_a_known_count_gives_the_same_index():
     assert torch.equal(Packing.of(visible).index, Packing.of(visible, 8).index)
 
 
+def test_the_complement_holds_the_other_tokens():
+    visible = random_visible(3, (5, 4), 0.6)
+    others = Packing.of(visible, 8).complement()
+    assert torch.equal(others.index, (~visible).flatten(1).nonzero()[:, 1].view(3, 12))
+    assert torch.equal(others.visible, ~visible)
+    everything = Packing.of(torch.ones(2, 3, 3, dtype=torch.bool))
+    assert everything.complement().index.shape == (2, 0)
+
+
 @pytest.mark.parametrize("counts", [(1, 2), (0, 0)])
 def test_unequal_or_empty_masks_are_refused(counts):
     visible = torch.zeros(2, 2, 2, dtype=torch.bool)

@@ -26,12 +26,10 @@ from convmae.masking import Grid
 class Packing:
     """The visible tokens of a batch, and the way from dense to packed maps and back.
 
-    visible: (B, H, W) bool, True = visible.
     index: (B, K) int64, the visible tokens of each image in row-major order.
     slots: (B, H, W) int32, where a token stands among the visible ones of its image; -1 where it is masked.
     """
 
-    visible: Tensor
     index: Tensor
     slots: Tensor
 
@@ -50,12 +48,21 @@ class Packing:
         # A stable sort of "is masked" lists visible tokens first, in row-major order, without a data-dependent size.
         index = (~visible.flatten(1)).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
         places = (visible.flatten(1).cumsum(1, dtype=torch.int32) - 1).view(visible.shape)
-        return cls(visible, index.contiguous(), places.where(visible, -1))
+        return cls(index.contiguous(), places.where(visible, -1))
 
     @property
     def grid(self) -> Grid:
         """Tokens along height and width."""
-        return self.visible.shape[1], self.visible.shape[2]
+        return self.slots.shape[1], self.slots.shape[2]
+
+    @property
+    def visible(self) -> Tensor:
+        """(B, H, W) bool, True = visible."""
+        return self.slots >= 0
+
+    def complement(self) -> "Packing":
+        """The same way with masked and visible tokens exchanged; of no tokens where all are visible."""
+        return Packing.of(~self.visible, self.grid[0] * self.grid[1] - self.index.shape[1])
 
     def cells(self, side: int, margin: int = 0) -> Tensor:
         """Row number of every visible cell in a dense map with `side` cells a token, flattened to (B*H*s*W*s, C).
@@ -63,7 +70,7 @@ class Packing:
         `margin` counts the cells by which the map is padded on each of its four sides. Returns (B*K*s*s,) int64 in the
         order of the packed map.
         """
-        batch, height, width = self.visible.shape
+        batch, height, width = self.slots.shape
         offset = torch.arange(side, device=self.index.device)
         image = torch.arange(batch, device=self.index.device)[:, None, None]
         row = (self.index // width)[..., None] * side + offset + margin  # (B, K, s)
@@ -74,14 +81,14 @@ class Packing:
 
     def pack(self, dense: Tensor) -> Tensor:
         """(B, H*s, W*s, C) -> (B, K, s, s, C): take out the visible tokens' cells."""
-        side = dense.shape[1] // self.visible.shape[1]
+        side = dense.shape[1] // self.slots.shape[1]
         rows = _TakeRows.apply(dense.flatten(0, 2), self.cells(side))
         return rows.view(*self.index.shape, side, side, dense.shape[-1])
 
     def unpack(self, packed: Tensor) -> Tensor:
         """(B, K, s, s, C) -> (B, H*s, W*s, C): put the cells back on a map of zeros."""
         side, channels = packed.shape[-2:]
-        batch, height, width = self.visible.shape
+        batch, height, width = self.slots.shape
         shape = (batch, height * side, width * side, channels)
         rows = _PutRows.apply(packed.flatten(0, 3), self.cells(side), shape[0] * shape[1] * shape[2])
         return rows.view(shape)

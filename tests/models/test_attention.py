@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from convmae.models.attention import Attention, attend
+from convmae.masking import random_visible
+from convmae.models.attention import Attention, TransformerBlock, attend
+from convmae.packing import Packing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -34,3 +36,11 @@ def test_large_logits_stay_finite_in_low_precision():
     for dtype in (torch.bfloat16, torch.float16):
         scaled = query.to(dtype) / 8
         assert attend(scaled, scaled, scaled).isfinite().all()
+
+
+def test_a_block_of_some_queries_gives_their_rows_of_the_whole():
+    block, x = TransformerBlock(16, 4), torch.randn(3, 12, 16)
+    queries = Packing.of(random_visible(3, (3, 4), 0.5))
+    whole = block(x)
+    expected = torch.stack([rows[index] for rows, index in zip(whole, queries.index, strict=True)])
+    torch.testing.assert_close(block(x, queries), expected)

@@ -90,6 +90,31 @@ def test_a_complementary_loss_is_the_mean_over_its_sets():
     torch.testing.assert_close(together, apart)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"dense": True}, {"norm_pix": False}, {"complementary_sets": 3}, {"decoder_depth": 3}, {"mask_stage": 1}],
+)
+def test_predicting_masked_tokens_only_changes_no_loss_and_no_gradient(form):
+    model = small(**form)
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    visible = model(images).visible
+    outputs, gradients = [], []
+    for masked_only in (False, True):
+        model.zero_grad()
+        outputs.append(model(images, visible, masked_only=masked_only))
+        outputs[-1].loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    whole, part = (output.prediction for output in outputs)
+    if "mask_stage" not in form:
+        whole = whole[~visible.flatten(1)].view(len(visible), -1, 768)
+        assert part.shape[1] == (~visible[0]).sum()
+    assert_same_to(1e-5, part, whole)
+    assert_same_to(1e-5, outputs[1].loss, outputs[0].loss)
+    size = torch.stack([gradient.norm() for gradient in gradients[0].values()]).norm()
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).norm() <= 1e-5 * size, name
+
+
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("kernel_size", [3, 9])
 def test_masked_pixels_change_exactly_nothing(dense, kernel_size):
@@ -155,7 +180,7 @@ def test_reconstruct_keeps_visible_pixels_and_denormalises_the_others(norm_pix):
     target = patches
     if norm_pix:
         target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    model.decoder.forward = lambda latent, packing: target
+    model.decoder.forward = lambda latent, packing, predicted: target
     torch.testing.assert_close(model.reconstruct(images, visible), images / 255, rtol=0, atol=1e-4)
     assert model(images, visible).loss < 1e-10
 
@@ -218,11 +243,12 @@ def test_torch_compile_finds_no_graph_break():
         model = small(**form)
         images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.manual_seed(3)
-        loss = compiled(images).loss
-        loss.backward()
-        torch.manual_seed(3)
-        torch.testing.assert_close(loss, model(images).loss)
+        for masked_only in (False, True):
+            torch.manual_seed(3)
+            loss = compiled(images, masked_only=masked_only).loss
+            loss.backward()
+            torch.manual_seed(3)
+            torch.testing.assert_close(loss, model(images).loss)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +261,7 @@ def test_torch_compile_finds_no_graph_break():
         ({"kernel_size": 4}, "not odd"),
         ({"num_heads": 3}, "does not divide into 3 heads"),
         ({"decoder_num_heads": 5}, "does not divide into 5 heads"),
+        ({"decoder_depth": 0}, "decoder of 0 blocks"),
         ({"mask_stage": 2}, "mask stage 2"),
         ({"mask_stage": 1, "complementary_sets": 4}, "drop one option"),
         ({"complementary_sets": 1}, "1 complementary sets"),
@@ -258,4 +285,5 @@ def test_everything_may_be_visible():
     packed, dense = pair()
     images, visible = torch.randn(2, 3, 64, 64), torch.ones(2, 4, 4, dtype=torch.bool)
     assert packed(images, visible).loss == 0
+    assert packed(images, visible, masked_only=True).loss == 0
     assert_same_to(1e-5, packed.encode(images, visible), dense.encode(images, visible))

@@ -127,8 +127,8 @@ def operators(packing, dtype, backend):
         (module._masked_depthwise, (x, weight, bias, *places, backend)),
         (module._masked_depthwise, (x, weight, None, *places, backend)),
         (module._masked_depthwise, (maps[0], weight, bias, None, None, backend)),
-        (module._weight_gradient, (x.detach(), gradient.detach(), 3, *places, backend)),
-        (module._weight_gradient, (maps[0].detach(), maps[1].detach(), 3, None, None, backend)),
+        (module._parameter_gradients, (x.detach(), gradient.detach(), 3, *places, backend)),
+        (module._parameter_gradients, (maps[0].detach(), maps[1].detach(), 3, None, None, backend)),
     ]
 
 
@@ -205,7 +205,7 @@ for kind in ("fp32", "bf16"):
         first = compiled(kernels._convolve, {**maps, **where, **numbers}, constants)
         maps = {"x": f"*{kind}", "gradient": f"*{kind}", "sums": "*fp32"}
         constants = dict(**shared, TAPS=triton.next_power_of_2(size), ROWS=16, BLOCKS=8)
-        second = compiled(kernels._weight_gradient, {**maps, **where, **numbers}, constants)
+        second = compiled(kernels._parameter_gradients, {**maps, **where, **numbers}, constants)
         print(len(first.asm["cubin"]), len(second.asm["cubin"]))
 """
 

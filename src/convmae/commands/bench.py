@@ -123,7 +123,10 @@ def _losses(ours: nn.Module, published: nn.Module, images: Tensor) -> dict[str, 
     if isinstance(ours, ConvMAE):
         visible = ours.draw_visible(images, torch.Generator().manual_seed(0))
         normalised = ours.encoder.normalize(images)
-        return {"ours": lambda: ours(images, visible).loss, "published": lambda: published(normalised, visible)[0]}
+        return {
+            "ours": lambda: ours(images, visible, masked_only=True).loss,
+            "published": lambda: published(normalised, visible)[0],
+        }
     assert isinstance(ours, Classifier)
     labels = torch.arange(images.shape[0], device=images.device) % ours.num_classes
     normalised = ours.encoder.normalize(images)

@@ -18,7 +18,7 @@ from convmae.data.loading import TrainingImages, TrainingLoader, build_training_
 from convmae.data.sampler import mixed_seed
 from convmae.data.sources import open_images
 from convmae.errors import UserError
-from convmae.models.autoencoder import ConvMAE
+from convmae.models.autoencoder import ConvMAE, Reconstruction
 from convmae.models.registry import create_autoencoder, fill
 from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions, loader_workers, start_engine
@@ -155,7 +155,9 @@ def pretrain(
         raise UserError(f"{data} has too few images for a batch of {batch_size}: lower --batch-size")
     adamw = build_optimizer(network, optimizer, batch_size)
     schedule = build_schedule(adamw, optimizer, epochs, steps_per_epoch)
-    trained = cast(nn.Module, torch.compile(network)) if compile else network
+    trained: nn.Module = MaskedTokensOnly(network)
+    if compile:
+        trained = cast(nn.Module, torch.compile(trained))
     wrapped, wrapped_optimizer = fabric.setup(trained, adamw)
     torch.manual_seed(mixed_seed(seed, fabric.global_rank))  # masks differ between processes
 
@@ -212,6 +214,17 @@ def pretrain(
         log.finish()
     fabric.barrier()  # all have listed their failures
     return _finish(log, checkpoints, output, picture, position, time.monotonic() - began)
+
+
+class MaskedTokensOnly(nn.Module):
+    """A ConvMAE that predicts what its loss needs, nothing more: images (B, C, H, W) -> Reconstruction."""
+
+    def __init__(self, network: ConvMAE) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        return self.network(images, masked_only=True)
 
 
 def _restore(

@@ -1,6 +1,6 @@
 """The transformer block, and the one place that chooses how attention is computed.
 
-Shape letters: B sequences, N tokens, C channels, h heads.
+Shape letters: B sequences, N tokens, M of them, C channels, h heads.
 """
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from convmae.models.layers import Linear, Mlp
+from convmae.packing import Packing
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -21,7 +22,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens: (B, N, C) -> (B, N, C)."""
+    """Multi-head self-attention over all tokens: (B, N, C) -> (B, N, C).
+
+    With `queries`, M tokens of each image, only those attend, to all: -> (B, M, C).
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -29,9 +33,12 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = attend(*self._heads(x)).transpose(1, 2).flatten(2)  # (B, h, N, C / h) -> (B, N, C)
-        return self.proj(x)
+    def forward(self, x: Tensor, queries: Packing | None = None) -> Tensor:
+        query, key, value = self._heads(x)
+        if queries is not None:
+            query = take_tokens(query.transpose(1, 2).flatten(2), queries)  # (B, h, N, C / h) -> (B, M, C)
+            query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # -> (B, h, M, C / h)
+        return self.proj(attend(query, key, value).transpose(1, 2).flatten(2))  # (B, h, M, C / h) -> (B, M, C)
 
     def weights(self, x: Tensor, token: int) -> Tensor:
         """How much token number `token` takes from each: (B, N, C) -> (B, h, N), which sums to 1 over the tokens."""
@@ -46,7 +53,10 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm transformer block: (B, N, C) -> (B, N, C)."""
+    """Pre-norm transformer block: (B, N, C) -> (B, N, C).
+
+    With `queries`, M tokens of each image, only those are computed; the others serve as keys and values: -> (B, M, C).
+    """
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -56,6 +66,14 @@ class TransformerBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, queries: Packing | None = None) -> Tensor:
+        y = self.attn(self.norm1(x), queries)
+        if queries is not None:
+            x = take_tokens(x, queries)
+        x = x + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def take_tokens(x: Tensor, packing: Packing) -> Tensor:
+    """The packing's tokens out of all: (B, L, C) -> (B, K, C)."""
+    return packing.pack(x.unflatten(1, packing.grid)).flatten(1, 3)  # (B, H, W, C) -> (B, K, 1, 1, C) -> (B, K, C)

@@ -19,7 +19,10 @@ from convmae.packing import Packing
 
 
 class Reconstruction(NamedTuple):
-    """What a ConvMAE returns: a scalar `loss`, `prediction` (B, L, P) and `visible` (B, H, W) bool."""
+    """What a ConvMAE returns: a scalar `loss`, `prediction` (B, L, P) and `visible` (B, H, W) bool.
+
+    Of masked tokens only, `prediction` is (B, L - K, P), in row-major order.
+    """
 
     loss: Tensor
     prediction: Tensor
@@ -116,23 +119,36 @@ class ConvMAE(nn.Module):
         self._initialise()
 
     def forward(
-        self, images: Tensor, visible: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        visible: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        masked_only: bool = False,
     ) -> Reconstruction:
         """Reconstruct the masked tokens of `images` (B, C, H*16, W*16), uint8 or already normalised float.
 
         visible: (B, H, W) bool, True = visible, the same number in each image; (n*B, H, W) for n sets, set 0 of every
             image first; (B, 4*H, 4*W) at stage 1 if mask_stage is 1. Drawn from `generator` where it is None.
+        masked_only: predict masked tokens only, which gives the same loss for less: what training wants. With
+            mask_stage 1, which masks something of nearly every token, it changes nothing.
         """
-        patches = self.patchify(images)
+        patches = cut_patches(images)
         visible, packing = self._mask(images, visible, generator)
         latent = self._encode(patches, visible, packing)
-        prediction = self.decoder(latent, packing)
-        return Reconstruction(self._loss(prediction, patches, visible), prediction, visible)
+        predicted = packing.complement() if masked_only and self.mask_stage == 3 else None
+        prediction = self.decoder(latent, packing, predicted)
+        if predicted is None:
+            loss = self._loss_of_all(prediction, self._normalize(patches).flatten(2), visible)
+        else:
+            target = self._normalize(take_patches(patches, predicted)).flatten(2)  # (B, M, 16, 16, C) -> (B, M, P)
+            error = reconstruction_error(prediction, target, self.norm_pix)
+            loss = error.sum() / max(error.numel(), 1)  # 0 where nothing is masked
+        return Reconstruction(loss, prediction, visible)
 
     def encode(self, images: Tensor, visible: Tensor) -> Tensor:
         """Latent (B, K, C3) of the visible tokens in row-major order, after fusion and normalisation."""
         visible, packing = self._mask(images, visible, None)
-        return self._encode(self.patchify(images), visible, packing)
+        return self._encode(cut_patches(images), visible, packing)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, visible: Tensor) -> Tensor:
@@ -155,9 +171,10 @@ class ConvMAE(nn.Module):
 
     def patchify(self, images: Tensor) -> Tensor:
         """Images (B, C, H*16, W*16), uint8 or normalised -> normalised patches (B, L, 16, 16, C)."""
-        height, width = grid_of(images.shape[-2:])
-        x = self.encoder.normalize(images).unflatten(3, (width, PATCH)).unflatten(2, (height, PATCH))
-        return x.permute(0, 2, 4, 3, 5, 1).flatten(1, 2)  # (B, C, H, 16, W, 16) -> (B, H*W, 16, 16, C)
+        return self._normalize(cut_patches(images))
+
+    def _normalize(self, patches: Tensor) -> Tensor:
+        return self.encoder.normalize(patches, channel_axis=-1)
 
     def _mask(
         self, images: Tensor, visible: Tensor | None, generator: torch.Generator | None
@@ -187,13 +204,14 @@ class ConvMAE(nn.Module):
 
     def _encode(self, patches: Tensor, visible: Tensor, packing: Packing) -> Tensor:
         pos_embed = resized_pos_embed(self.encoder.pos_embed, packing.grid).flatten(0, 2)  # (L, C)
-        image = torch.arange(visible.shape[0], device=visible.device)[:, None] % patches.shape[0]
         if self.dense:
-            pixels = _dense_pixels(patches, packing.grid)[image[:, 0]]
+            sets = visible.shape[0] // patches.shape[0]
+            pixels = self._normalize(_dense_pixels(patches, packing.grid)).repeat(sets, 1, 1, 1)
             stages = self.encoder.convolve(pixels, *self._visible_cells(visible))
             pack: Callable[[Tensor], Tensor] = packing.pack
         else:
-            stages = self.encoder.convolve(patches[image, packing.index], packing, packing)
+            # Patches are picked as bytes: what is not needed is never normalised.
+            stages = self.encoder.convolve(self._normalize(take_patches(patches, packing)), packing, packing)
             pack = _unchanged
         tokens = pack(stages.stage3).flatten(1, 3) + pos_embed[packing.index]  # (B, K, 1, 1, C) -> (B, K, C)
         latent = self.encoder.transform(tokens)
@@ -210,19 +228,12 @@ class ConvMAE(nn.Module):
             return visible, merge_cells(visible[..., None], 2).any(dim=-1)
         return _upsample(visible, CELLS), _upsample(visible, 2)
 
-    def _loss(self, prediction: Tensor, patches: Tensor, visible: Tensor) -> Tensor:
-        """Mean squared error over the masked pixels."""
-        target = patches.flatten(2)  # (B, L, 16, 16, C) -> (B, L, P)
-        if self.norm_pix:
-            mean, deviation = _patch_statistics(target)
-            target = (target - mean) / deviation
+    def _loss_of_all(self, prediction: Tensor, target: Tensor, visible: Tensor) -> Tensor:
+        """Mean squared error over the masked pixels of all tokens; target (B, L, P)."""
         sets = visible.shape[0] // target.shape[0]
-        error = (prediction.float().unflatten(0, (sets, -1)) - target).square().flatten(0, 1)
-        if self.mask_stage == 1:
-            masked = ~self._pixelwise(visible, target)
-        else:
-            error, masked = error.mean(dim=-1), ~visible.flatten(1)
-        return (error * masked).sum() / masked.sum().clamp_min(1)  # 0 where nothing is masked
+        error = reconstruction_error(prediction.unflatten(0, (sets, -1)), target, self.norm_pix).flatten(0, 1)
+        masked = ~self._pixelwise(visible, target)  # (B, L, 1), or (B, L, P) for masks of stage 1
+        return (error * masked).sum() / (masked.expand_as(error).sum()).clamp_min(1)  # 0 where nothing is masked
 
     def _pixelwise(self, visible: Tensor, patches: Tensor) -> Tensor:
         """A visible map as bool that broadcasts against patches (B, L, P)."""
@@ -247,6 +258,33 @@ class ConvMAE(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.encoder.downsample3.proj.weight)
         nn.init.normal_(self.decoder.mask_token, std=0.02)
+
+
+def cut_patches(images: Tensor) -> Tensor:
+    """Images (B, C, H*16, W*16) of any type -> patches (B, L, 16, 16, C), row by row.
+
+    Raises UserError for sides that are no multiples of 16.
+    """
+    height, width = grid_of(images.shape[-2:])
+    x = images.unflatten(3, (width, PATCH)).unflatten(2, (height, PATCH))  # (B, C, H, 16, W, 16)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(1, 2)  # -> (B, H, W, 16, 16, C) -> (B, L, 16, 16, C)
+
+
+def take_patches(patches: Tensor, packing: Packing) -> Tensor:
+    """Those of the packing's tokens: (B, L, 16, 16, C) -> (n*B, K, 16, 16, C), n sets of tokens for each image."""
+    image = torch.arange(packing.index.shape[0], device=patches.device)[:, None] % patches.shape[0]
+    return patches[image, packing.index]
+
+
+def reconstruction_error(prediction: Tensor, target: Tensor, norm_pix: bool) -> Tensor:
+    """Squared difference (..., L, P) of prediction (..., L, P) and normalised pixels (..., L, P), in float32.
+
+    norm_pix: compare with pixels less their patch's mean, over its deviation (section 3.3).
+    """
+    if norm_pix:
+        mean, deviation = _patch_statistics(target)
+        target = (target - mean) / deviation
+    return (prediction.float() - target).square()
 
 
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,8 @@ class Decoder(nn.Module):
         super().__init__()
         if width % num_heads:
             raise UserError(f"decoder width {width} does not divide into {num_heads} heads: choose a divisor")
+        if depth < 1:
+            raise UserError(f"a decoder of {depth} blocks predicts nothing: choose a depth of at least 1")
         self.embed = Linear(in_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(sincos_pos_embed(grid, width), requires_grad=False)
@@ -30,12 +32,13 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.prediction = Linear(width, outputs)
 
-    def forward(self, latent: Tensor, packing: Packing) -> Tensor:
-        """latent (B, K, C) -> prediction for all tokens (B, L, outputs)."""
+    def forward(self, latent: Tensor, packing: Packing, predicted: Packing | None = None) -> Tensor:
+        """latent (B, K, C) -> prediction for the tokens of `predicted` (B, M, outputs), for all L if it is None."""
         x = self.embed(latent)
-        everywhere = self.mask_token.to(x.dtype).expand(x.shape[0], packing.visible[0].numel(), -1)
+        everywhere = self.mask_token.to(x.dtype).expand(x.shape[0], packing.grid[0] * packing.grid[1], -1)
         x = everywhere.scatter(1, packing.index[..., None].expand_as(x), x)  # (B, K, D) into (B, L, D)
         x = x + resized_pos_embed(self.pos_embed, packing.grid).flatten(1, 2)
-        for block in self.blocks:
-            x = block(x)
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            x = block(x, predicted if number == last else None)
         return self.prediction(self.norm(x))

@@ -251,9 +251,10 @@ class ConvViT(nn.Module, HubEncoder):
 
 
 class Normalize(nn.Module):
-    """uint8 images (B, C, H, W) to float, less the mean, over the standard deviation; float images pass through.
+    """uint8 images to float, less the mean, over the standard deviation; float images pass through.
 
-    Three channels take ImageNet's statistics, other numbers of channels 0.5 and 0.5.
+    Their channels are on axis 1 or on `channel_axis`. Three channels take ImageNet's statistics, other numbers of
+    channels 0.5 and 0.5.
     """
 
     mean: Tensor
@@ -267,10 +268,13 @@ class Normalize(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, channel_axis: int = 1) -> Tensor:
         if images.dtype is not torch.uint8:
             return images
-        return (images / 255 - self.mean) / self.std
+        shape = [1] * images.ndim
+        shape[channel_axis] = -1
+        # Two passes over the pixels, where dividing, subtracting and dividing would be three.
+        return images * (1 / (255 * self.std)).view(shape) - (self.mean / self.std).view(shape)
 
     def undo(self, images: Tensor) -> Tensor:
         """Normalised images back to colours in [0, 1]."""

@@ -77,16 +77,16 @@ def _(x, weight, bias, index, slots, backend):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("convmae::masked_depthwise_weight_gradient", mutates_args=())
-def _weight_gradient(
+@torch.library.custom_op("convmae::masked_depthwise_parameter_gradients", mutates_args=())
+def _parameter_gradients(
     x: Tensor, gradient: Tensor, size: int, index: Tensor | None, slots: Tensor | None, backend: str
-) -> Tensor:
-    return _kernels(backend, x).weight_gradient(x, gradient, size, _packing(index, slots))
+) -> tuple[Tensor, Tensor]:
+    return _kernels(backend, x).parameter_gradients(x, gradient, size, _packing(index, slots))
 
 
-@_weight_gradient.register_fake
+@_parameter_gradients.register_fake
 def _(x, gradient, size, index, slots, backend):
-    return x.new_empty(x.shape[-1], 1, size, size)
+    return x.new_empty(x.shape[-1], 1, size, size), x.new_empty(x.shape[-1])
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -101,11 +101,9 @@ def _backward(ctx, gradient: Tensor):
     if need_x:
         # The gradient of a convolution with stride 1 is the convolution with the kernel turned by 180 degrees.
         of_x = _masked_depthwise(gradient, weight.flip(2, 3), None, index, slots, ctx.backend)
-    if need_weight:
-        of_weight = _weight_gradient(x, gradient, weight.shape[-1], index, slots, ctx.backend)
-    if need_bias:
-        of_bias = gradient.flatten(0, -2).sum(0)
-    return of_x, of_weight, of_bias, None, None, None
+    if need_weight or need_bias:
+        of_weight, of_bias = _parameter_gradients(x, gradient, weight.shape[-1], index, slots, ctx.backend)
+    return of_x, of_weight if need_weight else None, of_bias if need_bias else None, None, None, None
 
 
 _masked_depthwise.register_autograd(_backward, setup_context=_keep)
@@ -117,17 +115,17 @@ def _flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * weight[-1] ** 2
 
 
-@register_flop_formula(torch.ops.convmae.masked_depthwise_weight_gradient)
-def _flops_of_weight_gradient(x: Sequence[int], gradient: Sequence[int], size: int, *_: Any, **__: Any) -> int:
+@register_flop_formula(torch.ops.convmae.masked_depthwise_parameter_gradients)
+def _flops_of_parameter_gradients(x: Sequence[int], gradient: Sequence[int], size: int, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * size**2
 
 
 def _packing(index: Tensor | None, slots: Tensor | None) -> Packing | None:
-    return None if index is None or slots is None else Packing(slots >= 0, index, slots)
+    return None if index is None or slots is None else Packing(index, slots)
 
 
 def _kernels(backend: str, x: Tensor) -> ModuleType:
-    """The module whose `convolve` and `weight_gradient` compute."""
+    """The module whose `convolve` and `parameter_gradients` compute."""
     if backend == "auto":
         usable = x.is_cuda and x.dtype is not torch.float64 and find_spec("triton") is not None
         return _chosen("triton" if usable else "reference")

@@ -20,14 +20,16 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing | 
     return packing.pack(convolve_dense(packing.unpack(x), weight, bias))
 
 
-def weight_gradient(x: Tensor, gradient: Tensor, size: int, packing: Packing | None) -> Tensor:
-    """Sum, over visible cells, of the cell's gradient times each of its k x k neighbours: (C, 1, k, k).
+def parameter_gradients(x: Tensor, gradient: Tensor, size: int, packing: Packing | None) -> tuple[Tensor, Tensor]:
+    """Sums over visible cells: of the cell's gradient times each of its k x k neighbours, of the gradient alone.
 
-    x, gradient: (B, H, W, C) or packed (B, K, s, s, C); size: k.
+    x, gradient: (B, H, W, C) or packed (B, K, s, s, C); size: k. Returns the gradients of weight (C, 1, k, k) and bias
+    (C,).
     """
+    of_bias = gradient.flatten(0, -2).sum(0)
     if packing is None:
-        return _dense_weight_gradient(x, gradient, size)
-    return _packed_weight_gradient(x, gradient, size, packing)
+        return _dense_weight_gradient(x, gradient, size), of_bias
+    return _packed_weight_gradient(x, gradient, size, packing), of_bias
 
 
 def _dense_weight_gradient(x: Tensor, gradient: Tensor, size: int) -> Tensor:

@@ -36,26 +36,28 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing | 
     return y
 
 
-def weight_gradient(x: Tensor, gradient: Tensor, size: int, packing: Packing | None) -> Tensor:
-    """Sum, over visible cells, of the cell's gradient times each of its k x k neighbours: (C, 1, k, k).
+def parameter_gradients(x: Tensor, gradient: Tensor, size: int, packing: Packing | None) -> tuple[Tensor, Tensor]:
+    """Sums over visible cells: of the cell's gradient times each of its k x k neighbours, of the gradient alone.
 
-    x, gradient: (B, H, W, C) or packed (B, K, s, s, C); size: k.
+    x, gradient: (B, H, W, C) or packed (B, K, s, s, C); size: k. Returns the gradients of weight (C, 1, k, k) and bias
+    (C,).
     """
     x, gradient = _checked(x), gradient.contiguous()
     channels = x.shape[-1]
     rows = x.numel() // channels
     parts = triton.cdiv(rows, _GRADIENT_ROWS)
     # Each program writes its own sums: added up afterwards they come out the same every time, as atomics would not.
-    sums = torch.empty(parts, size * size, channels, device=x.device, dtype=torch.float32)
+    sums = torch.empty(parts, size * size + 1, channels, device=x.device, dtype=torch.float32)
     taps = triton.next_power_of_2(size)
     at_once = max(128 // taps, 8)
     with torch.cuda.device_of(x):
-        _weight_gradient[size, triton.cdiv(channels, _CHANNELS), parts](
+        _parameter_gradients[size, triton.cdiv(channels, _CHANNELS), parts](
             x, gradient, sums, *_layout(x, packing), rows, channels,
             SIZE=size, SIDE=_side(x, packing), PACKED=packing is not None,
             TAPS=taps, ROWS=at_once, BLOCKS=_GRADIENT_ROWS // at_once, CHANNELS=_CHANNELS,
         )  # fmt: skip
-    return sums.sum(0).t().contiguous().view(channels, 1, size, size).to(x.dtype)
+    of_weight, of_bias = sums.sum(0).to(x.dtype).split([size * size, 1])
+    return of_weight.t().reshape(channels, 1, size, size).contiguous(), of_bias[0].clone()
 
 
 def _checked(x: Tensor) -> Tensor:
@@ -127,17 +129,21 @@ def _convolve(
 
 
 @triton.jit
-def _weight_gradient(
+def _parameter_gradients(
     x, gradient, sums, index, slots, tokens, height, width, rows, channels,
     SIZE: tl.constexpr, SIDE: tl.constexpr, PACKED: tl.constexpr,
     TAPS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """x and gradient (R, C) -> sums (parts, k*k, C); a program sums one row of taps over BLOCKS * ROWS rows."""
+    """x and gradient (R, C) -> sums (parts, k*k + 1, C), the bias last.
+
+    A program sums one row of taps over BLOCKS * ROWS rows, the first one the bias, too.
+    """
     i, part = tl.program_id(0), tl.program_id(2)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     j = tl.arange(0, TAPS)
     exists = channel < channels
     total = tl.zeros((TAPS, ROWS, CHANNELS), tl.float32)
+    alone = tl.zeros((ROWS, CHANNELS), tl.float32)
     for block in range(BLOCKS):
         row = (part * BLOCKS + block) * ROWS + tl.arange(0, ROWS)
         known = row < rows
@@ -155,7 +161,11 @@ def _weight_gradient(
             gradient + row.to(tl.int64)[:, None] * channels + channel[None, :],
             mask=known[:, None] & exists[None, :],
             other=0,
-        )
-        total += values.to(tl.float32) * upstream.to(tl.float32)[None, :, :]
-    place = ((part * SIZE + i) * SIZE + j[:, None]) * channels + channel[None, :]
+        ).to(tl.float32)
+        total += values.to(tl.float32) * upstream[None, :, :]
+        alone += upstream
+    sums += part * (SIZE * SIZE + 1) * channels
+    place = (i * SIZE + j[:, None]) * channels + channel[None, :]
     tl.store(sums + place, tl.sum(total, axis=1), mask=(j < SIZE)[:, None] & exists[None, :])
+    if i == 0:
+        tl.store(sums + SIZE * SIZE * channels + channel, tl.sum(alone, axis=0), mask=exists)
