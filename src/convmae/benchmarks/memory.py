@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,3 +41,17 @@ class PeakMemory:
 def _resident(field: str) -> int:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
+
+
+def largest_fitting(fits: Callable[[int], bool], start: int) -> int:
+    """The largest size for which `fits` holds, to an eighth of `start`, which is known to fit.
+
+    Doubles until one does not fit, then halves the interval; `fits` holds below some size and not above it.
+    """
+    low, high = start, 2 * start
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(start // 8, 1):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,13 +1,15 @@
-"""`convmae bench`: a training step, ours against the published formulation, in turn in one process."""
+"""`convmae bench`: a training step, ours against the published formulation and a plain ViT, in turn in one process."""
 
+import gc
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -17,27 +19,69 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from convmae import weights
-from convmae.benchmarks.memory import PeakMemory
+from convmae.benchmarks.arithmetic import count_macs, matrix_product_peak, wait_for
+from convmae.benchmarks.memory import PeakMemory, largest_fitting
 from convmae.benchmarks.published import PublishedClassifier, PublishedConvMAE
+from convmae.benchmarks.vit import MaskedViT
 from convmae.errors import UserError
-from convmae.models.autoencoder import ConvMAE
-from convmae.models.classifier import Classifier
+from convmae.masking import random_visible
 from convmae.models.registry import create_autoencoder, create_classifier
 from convmae.training.optimizer import OptimizerOptions, build_optimizer
+
+_OURS, _PUBLISHED, _VIT = "ours", "published", "MAE, plain ViT"
+_IMAGENET, _EPOCHS = 1_281_167, 1600  # training images, and epochs of the paper's longest run
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Figures of several rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What a training step costs in one way to compute it."""
+
+    name: str
+    images_per_second: Spread
+    milliseconds: float
+    """Of a step, the median."""
+    ratio: Spread
+    """Images/s over those of the published formulation in the same round."""
+    gmac: float
+    """Billions of multiply-accumulates, forward, one image."""
+    share_of_peak: float
+    """Multiply-accumulates a second, forward and backward as three times the forward, over those of a large product."""
+    peak_gib: float
+    """Weights, gradients, AdamW's moments, and what a step holds at most."""
+    loss: float
+    """Of the first step's images under one mask; ours and the published formulation have the same weights."""
+    largest_batch: int | None = None
+    """Images of the largest step that fits on the device, where it was asked for."""
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Medians over the rounds, with the smallest and largest; the ratios are of steps timed one after the other."""
+    """The ways to compute a step in one precision, timed in turn."""
 
     precision: str
-    images_per_second: tuple[float, float, float]
-    published_images_per_second: tuple[float, float, float]
-    speed_ratio: tuple[float, float, float]
-    peak_gib: float
-    published_peak_gib: float
-    loss: float
-    published_loss: float
+    peak_gmacs: float
+    """Billions of multiply-accumulates a second of a large matrix product in this precision."""
+    steps: list[StepFigures]
+    time_over_vit: Spread | None
+    """Our time over that of MAE with a plain ViT in the same round; None for fine-tuning."""
+
+
+class Contender(NamedTuple):
+    """A model and its loss for uint8 images (B, 3, H, W), under a given mask (B, H/16, W/16) or one of its own."""
+
+    name: str
+    model: nn.Module
+    loss_of: Callable[[Tensor, Tensor | None], Tensor]
+    compiles: bool
 
 
 def bench(
@@ -48,12 +92,16 @@ def bench(
     rounds: int = 5,
     precision: Literal["both", "float32", "bf16"] = "both",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    compile: Literal["auto", "yes", "no"] = "auto",  # the flag's name is torch's
+    largest_batch: bool = False,
     output: Path | None = None,
 ) -> list[BenchResult]:
-    """Time a training step (forward, backward, AdamW) of ours and of the published formulation on the same weights.
+    """Time a training step (forward, backward, AdamW) of ours against two others, in turn in one process.
 
-    The published formulation computes the convolution stages densely, with 1x1 convolutions and LayerNorm on NCHW maps,
-    and spells attention out as matmul, softmax, matmul.
+    The published formulation, on the same weights, computes the convolution stages densely, with 1x1 convolutions and
+    LayerNorm on NCHW maps, and spells attention out as matmul, softmax, matmul; it is never compiled. For pretraining
+    there is also MAE with timm's ViT of the same width (ViT-B beside base) and the same decoder, compiled where ours
+    is.
 
     Args:
         model: size: tiny, small, base, large or huge.
@@ -63,6 +111,8 @@ def bench(
         rounds: timed rounds, after two that warm up and measure memory; a round is one step of each.
         precision: float32, bf16 autocast, or both in turn.
         device: cpu, cuda, or cuda where there is one.
+        compile: whether to compile ours and the plain ViT with torch.compile; auto does on a GPU.
+        largest_batch: search for the largest batch that fits on the GPU, too.
         output: a JSON file for the figures.
     """
     if rounds < 1 or batch_size < 1:
@@ -70,27 +120,33 @@ def bench(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device on this machine: use --device cpu")
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
-    precisions = ["float32", "bf16"] if precision == "both" else [precision]
+    if largest_batch and place.type != "cuda":
+        raise UserError("the largest batch is that of a GPU's memory: leave --largest-batch, or use --device cuda")
+    if place.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as in training
+    compiled = compile == "yes" or (compile == "auto" and place.type == "cuda")
     torch.manual_seed(0)
-    ours, published = _autoencoders(model, image_size) if task == "pretrain" else _classifiers(model, image_size)
-    published.load_state_dict(weights.to_published(ours.state_dict()))
+    contenders = _contenders(task, model, image_size)
+    macs = count_steps(task, model, image_size)
     images = torch.randint(0, 256, (batch_size, 3, image_size, image_size), dtype=torch.uint8, device=place)
-    start = {"ours": ours.state_dict(), "published": published.state_dict()}
-    start = {name: {key: value.clone() for key, value in state.items()} for name, state in start.items()}
+    start = {c.name: {key: value.clone() for key, value in c.model.state_dict().items()} for c in contenders}
 
     results = []
-    for kind in precisions:
-        ours.load_state_dict(start["ours"])
-        published.load_state_dict(start["published"])
-        results.append(_compare(ours.to(place), published.to(place), images, kind, rounds))
+    for kind in ["float32", "bf16"] if precision == "both" else [precision]:
+        for contender in contenders:
+            contender.model.load_state_dict(start[contender.name])
+            contender.model.to(place)
+        results.append(_compare(contenders, images, kind, rounds, compiled, macs, largest_batch))
     machine = (
         torch.cuda.get_device_name() if place.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
     )
     title = (
         f"convmae {model}, {task}, {image_size}x{image_size}, batch {batch_size}, {rounds} rounds, {machine}, "
-        f"torch {torch.__version__}"
+        f"torch {torch.__version__}{', compiled' if compiled else ''}"
     )
     _print(title, results)
+    if task == "pretrain" and place.type == "cuda":
+        _print_cost(results[-1])
     if output is not None:
         output = Path(output)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -98,93 +154,151 @@ def bench(
     return results
 
 
-def _autoencoders(model: str, image_size: int) -> tuple[ConvMAE, PublishedConvMAE]:
+def count_steps(task: Literal["pretrain", "finetune"], model: str, image_size: int) -> dict[str, int]:
+    """Multiply-accumulates of one image's forward in each way, by the names of `StepFigures`."""
+    with torch.device("meta"):
+        image = torch.empty(1, 3, image_size, image_size, dtype=torch.uint8)
+        contenders = _contenders(task, model, image_size)
+        return {name: count_macs(partial(loss_of, image, None)) for name, _, loss_of, _ in contenders}
+
+
+def _contenders(task: str, model: str, image_size: int) -> list[Contender]:
+    """The published formulation first, ours last; both with the same weights."""
+    contenders = _autoencoders(model, image_size) if task == "pretrain" else _classifiers(model, image_size)
+    contenders[0].model.load_state_dict(weights.to_published(contenders[-1].model.state_dict()))
+    return contenders
+
+
+def _autoencoders(model: str, image_size: int) -> list[Contender]:
     ours = create_autoencoder(model, image_size=image_size)
-    settings = weights.sizes(ours.state_dict())
-    return ours, PublishedConvMAE(
-        image_size=image_size,
-        widths=settings["widths"],
-        depths=settings["depths"],
-        num_heads=ours.settings["num_heads"],
-        decoder_width=settings["decoder_width"],
-        decoder_depth=settings["decoder_depth"],
-        decoder_num_heads=ours.settings["decoder_num_heads"],
-    )
+    normalize, settings = ours.encoder.normalize, ours.settings
+    widths, depths, heads = settings["widths"], settings["depths"], settings["num_heads"]
+    decoder = {name: settings[name] for name in ("decoder_width", "decoder_depth", "decoder_num_heads")}
+    published = PublishedConvMAE(image_size=image_size, widths=widths, depths=depths, num_heads=heads, **decoder)
+    vit = MaskedViT((image_size, image_size), widths[2], depths[2] + 1, heads, **decoder)
+    return [
+        Contender(_PUBLISHED, published, lambda x, visible: published(normalize(x), visible)[0], False),
+        Contender(_VIT, vit, vit, True),
+        Contender(_OURS, ours, lambda x, visible: ours(x, visible, masked_only=True).loss, True),
+    ]
 
 
-def _classifiers(model: str, image_size: int) -> tuple[Classifier, PublishedClassifier]:
+def _classifiers(model: str, image_size: int) -> list[Contender]:
     ours = create_classifier(model, image_size=image_size)
+    normalize = ours.encoder.normalize
     settings = {name: ours.settings[name] for name in ("widths", "depths", "num_heads", "num_classes")}
-    return ours, PublishedClassifier(image_size=image_size, **settings)
+    published = PublishedClassifier(image_size=image_size, **settings)
+
+    def labels(x: Tensor) -> Tensor:
+        return torch.arange(x.shape[0], device=x.device) % ours.num_classes
+
+    return [
+        Contender(_PUBLISHED, published, lambda x, _: cross_entropy(published(normalize(x)), labels(x)), False),
+        Contender(_OURS, ours, lambda x, _: cross_entropy(ours(x), labels(x)), True),
+    ]
 
 
-def _losses(ours: nn.Module, published: nn.Module, images: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """What a step of each minimises: both get the same images, and the same masks or labels."""
-    if isinstance(ours, ConvMAE):
-        visible = ours.draw_visible(images, torch.Generator().manual_seed(0))
-        normalised = ours.encoder.normalize(images)
-        return {
-            "ours": lambda: ours(images, visible, masked_only=True).loss,
-            "published": lambda: published(normalised, visible)[0],
-        }
-    assert isinstance(ours, Classifier)
-    labels = torch.arange(images.shape[0], device=images.device) % ours.num_classes
-    normalised = ours.encoder.normalize(images)
-    return {
-        "ours": lambda: cross_entropy(ours(images), labels),
-        "published": lambda: cross_entropy(published(normalised), labels),
-    }
-
-
-def _compare(ours: nn.Module, published: nn.Module, images: Tensor, precision: str, rounds: int) -> BenchResult:
+def _compare(
+    contenders: list[Contender],
+    images: Tensor,
+    precision: str,
+    rounds: int,
+    compiled: bool,
+    macs: dict[str, int],
+    largest_batch: bool,
+) -> BenchResult:
     """Time one step of each in turn, `rounds` times."""
-    device = images.device
-    losses_of = _losses(ours, published, images)
-    steps = {
-        "ours": _step(ours, losses_of["ours"], device, precision),
-        "published": _step(published, losses_of["published"], device, precision),
-    }
+    device, batch = images.device, images.shape[0]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    peak = matrix_product_peak(device, dtype)
+    losses = {c.name: _loss_under_one_mask(c, images, precision) for c in contenders}
+    steps = {c.name: _step(c, precision, compiled) for c in contenders}
     memory = PeakMemory(device)
-    losses: dict[str, float] = {}
     peaks: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {"ours": [], "published": []}
-    for name, step in steps.items():
-        losses[name] = step()  # warms up and makes the optimiser's state; both have the same weights still
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step(images)  # compiles, and makes the optimiser's state
     for name, step in steps.items():  # apart from the timing, which measuring memory would disturb
         memory.start()
-        step()
+        step(images)
         peaks[name] = memory.stop()
     for _ in track(range(rounds), description=precision, console=Console(stderr=True), transient=True):
         for name, step in steps.items():
+            wait_for(device)
             began = time.perf_counter()
-            step()
+            step(images)
+            wait_for(device)
             seconds[name].append(time.perf_counter() - began)
-    batch = images.shape[0]
-    pairs = zip(seconds["ours"], seconds["published"], strict=True)
-    return BenchResult(
-        precision,
-        _spread([batch / s for s in seconds["ours"]]),
-        _spread([batch / s for s in seconds["published"]]),
-        _spread([theirs / mine for mine, theirs in pairs]),
-        (peaks["ours"] + _state_bytes(ours)) / 2**30,
-        (peaks["published"] + _state_bytes(published)) / 2**30,
-        losses["ours"],
-        losses["published"],
-    )
+    del steps  # and the optimisers' state, which would take memory from the search
+    largest = {c.name: _largest_batch(c, contenders, images, precision, compiled) for c in contenders if largest_batch}
+    figures = [
+        StepFigures(
+            c.name,
+            _spread([batch / s for s in seconds[c.name]]),
+            1e3 * statistics.median(seconds[c.name]),
+            _ratio(seconds[_PUBLISHED], seconds[c.name]),
+            macs[c.name] / 1e9,
+            3 * macs[c.name] * batch / statistics.median(seconds[c.name]) / peak,
+            (peaks[c.name] + _state_bytes(c.model)) / 2**30,
+            losses[c.name],
+            largest.get(c.name),
+        )
+        for c in contenders
+    ]
+    over_vit = _ratio(seconds[_OURS], seconds[_VIT]) if _VIT in seconds else None
+    return BenchResult(precision, peak / 1e9, figures, over_vit)
 
 
-def _step(model: nn.Module, loss_of: Callable[[], Tensor], device: torch.device, precision: str) -> Callable[[], float]:
-    optimizer = build_optimizer(model, OptimizerOptions(), batch_size=256)
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
-    def step() -> float:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = loss_of()
+
+@torch.no_grad()
+def _loss_under_one_mask(contender: Contender, images: Tensor, precision: str) -> float:
+    height, width = (side // 16 for side in images.shape[2:])
+    generator = torch.Generator().manual_seed(0)
+    visible = random_visible(images.shape[0], (height, width), generator=generator, device=images.device)
+    with _autocast(images.device, precision):
+        return contender.loss_of(images, visible).item()
+
+
+def _step(contender: Contender, precision: str, compiled: bool) -> Callable[[Tensor], None]:
+    """A training step, which draws masks of its own as training does: to look at a given one the host would wait."""
+    optimizer = build_optimizer(contender.model, OptimizerOptions(), batch_size=256)
+    loss_of: Any = contender.loss_of
+    if compiled and contender.compiles:
+        loss_of = torch.compile(loss_of)
+
+    def step(images: Tensor) -> None:
+        with _autocast(images.device, precision):
+            loss = loss_of(images, None)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()  # waits for the device
 
     return step
+
+
+def _largest_batch(
+    contender: Contender, contenders: list[Contender], images: Tensor, precision: str, compiled: bool
+) -> int:
+    """The most images of a step that fit with nothing else on the device."""
+    for other in contenders:
+        other.model.to("cpu")
+    contender.model.to(images.device)
+    step = _step(contender, precision, compiled)
+
+    def fits(batch: int) -> bool:
+        gc.collect()
+        torch.cuda.empty_cache()
+        try:
+            step(images[torch.arange(batch, device=images.device) % images.shape[0]])
+        except torch.cuda.OutOfMemoryError:
+            contender.model.zero_grad()
+            return False
+        return True
+
+    return largest_fitting(fits, images.shape[0])
 
 
 def _state_bytes(model: nn.Module) -> int:
@@ -192,8 +306,12 @@ def _state_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
 
 
-def _spread(values: list[float]) -> tuple[float, float, float]:
-    return statistics.median(values), min(values), max(values)
+def _ratio(numerators: list[float], denominators: list[float]) -> Spread:
+    return _spread([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def _spread(values: list[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
 
 
 def _processor() -> str:
@@ -206,19 +324,41 @@ def _processor() -> str:
 
 
 def _print(title: str, results: list[BenchResult]) -> None:
-    table = Table(title=title, title_justify="left")
-    table.add_column("precision")
-    for name in ("", "images/s", "range", "peak GiB", "loss of the first step"):
-        table.add_column(name, justify="right")
-    for r in results:
-        rows = {
-            "published": (r.published_images_per_second, r.published_peak_gib, r.published_loss),
-            "ours": (r.images_per_second, r.peak_gib, r.loss),
-        }
-        for name, ((median, low, high), peak, loss) in rows.items():
-            table.add_row(r.precision, name, f"{median:.2f}", f"{low:.2f}-{high:.2f}", f"{peak:.2f}", f"{loss:.6f}")
-        median, low, high = r.speed_ratio
-        ratio = r.peak_gib / r.published_peak_gib
-        table.add_row(r.precision, "ratio", f"{median:.2f}x", f"{low:.2f}-{high:.2f}", f"{ratio:.2f}x", "")
-        table.add_section()
-    Console().print(table)
+    console = Console()
+    console.print(title)
+    for result in results:
+        columns = [_column(step, result.steps[0]) for step in result.steps]
+        table = Table(result.precision)
+        for step in result.steps:
+            table.add_column(step.name, justify="right")
+        for row in columns[0]:
+            table.add_row(row, *(column[row] for column in columns))
+        console.print(table)
+        console.print(f"The peak is that of a large matrix product: {result.peak_gmacs:.0f} GMAC/s.")
+        if (over := result.time_over_vit) is not None:
+            console.print(f"Our time over that of {_VIT}: {over.median:.2f}x ({over.low:.2f}-{over.high:.2f}).")
+
+
+def _column(step: StepFigures, first: StepFigures) -> dict[str, str]:
+    speed, ratio = step.images_per_second, step.ratio
+    cells = {
+        "images/s": f"{speed.median:.2f}",
+        "  range": f"{speed.low:.2f}-{speed.high:.2f}",
+        "  ratio": f"{ratio.median:.2f}x",
+        "  range of ratio": f"{ratio.low:.2f}-{ratio.high:.2f}",
+        "ms a step": f"{step.milliseconds:.1f}",
+        "GMAC an image": f"{step.gmac:.2f}",
+        "share of the peak": f"{step.share_of_peak:.0%}",
+        "memory, GiB": f"{step.peak_gib:.2f}",
+        "  ratio of memory": f"{step.peak_gib / first.peak_gib:.2f}x",
+        "loss under one mask": f"{step.loss:.6f}",
+    }
+    return cells if step.largest_batch is None else cells | {"largest batch": str(step.largest_batch)}
+
+
+def _print_cost(result: BenchResult) -> None:
+    hours = _EPOCHS * _IMAGENET / result.steps[-1].images_per_second.median / 3600
+    Console().print(
+        f"At this speed ({result.precision}) {_EPOCHS} epochs of ImageNet-1K ({_IMAGENET:,} images) take "
+        f"{hours:,.0f} hours of one such device."
+    )
