@@ -4,9 +4,10 @@ import io
 
 import numpy
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
-from torchvision.transforms import InterpolationMode, v2
+from torchvision import transforms
 from torchvision.transforms.v2 import functional
 
 from convmae.data.images import RandomCrop, UndecodableImageError
@@ -33,8 +34,8 @@ def photograph(width, height):
 
 
 def crop_of(data, image_size=(8, 8), in_channels=3, scale=(1.0, 1.0)):
-    torch.manual_seed(0)
-    return RandomCrop(image_size, in_channels, scale)(io.BytesIO(data))
+    (crop,) = RandomCrop(image_size, in_channels, scale)(io.BytesIO(data), [0])
+    return crop
 
 
 # Decoding
@@ -42,19 +43,88 @@ def crop_of(data, image_size=(8, 8), in_channels=3, scale=(1.0, 1.0)):
 
 @pytest.mark.parametrize(("size", "tolerance"), [((500, 375), 0.3), ((300, 900), 0.3), ((2000, 1500), 1.0)])
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
-def test_crops_agree_with_the_plain_bicubic_path(size, tolerance, image_format):
-    data = encoded(photograph(*size), image_format)
-    plain_crop = v2.RandomResizedCrop((224, 192), (0.2, 1.0), interpolation=InterpolationMode.BICUBIC)
-    crop = RandomCrop((224, 192))
-    for seed in range(3):
-        torch.manual_seed(seed)
-        expected = v2.RandomHorizontalFlip()(plain_crop(Image.open(io.BytesIO(data))))
-        expected = functional.pil_to_tensor(expected)
-        torch.manual_seed(seed)
-        result = crop(io.BytesIO(data))
-        assert result.shape == (3, 224, 192)
+@pytest.mark.parametrize(("mode", "in_channels"), [("RGB", 3), ("RGB", 1), ("RGB", 4), ("L", 3)])
+def test_crops_agree_with_the_plain_bicubic_path(size, tolerance, image_format, mode, in_channels):
+    data = encoded(photograph(*size).convert(mode), image_format)
+    crop = RandomCrop((224, 192), in_channels)
+    whole = Image.open(io.BytesIO(data)).convert({1: "L", 3: "RGB", 4: "RGBA"}[in_channels])
+    seeds = [0, 1, 2]
+    results = crop(io.BytesIO(data), seeds)
+    mirrored = set()
+    for seed, result in zip(seeds, results, strict=True):
+        top, left, height, width, mirror = crop.draw(size[1], size[0], seed)
+        box = (left, top, left + width, top + height)
+        expected = functional.pil_to_tensor(whole.crop(box).resize((192, 224), Image.Resampling.BICUBIC))
+        assert result.shape == (in_channels, 224, 192)
         assert result.dtype == torch.uint8
-        assert (result.float() - expected).abs().mean() < tolerance
+        assert (result.float() - (expected.flip(2) if mirror else expected)).abs().mean() < tolerance
+        mirrored.add(mirror)
+    assert mirrored == {False, True}
+
+
+def test_an_upright_jpeg_of_full_size_has_pillows_pixels():
+    data = encoded(photograph(250, 200), "JPEG")
+    crop = RandomCrop((200, 250), scale=(1.0, 1.0))
+    for result in crop(io.BytesIO(data), range(4)):
+        expected = functional.pil_to_tensor(Image.open(io.BytesIO(data)))
+        assert torch.equal(result, expected) or torch.equal(result, expected.flip(2))
+
+
+@pytest.mark.parametrize("size", [(375, 500), (900, 300), (40, 1000)])
+def test_crops_are_distributed_as_torchvisions(size):
+    """Two samples of 3000 crops: Kolmogorov and Smirnov's largest distance, of which 0.05 has a p-value of 0.001."""
+    scale, ratios = (0.2, 1.0), (3 / 4, 4 / 3)
+    crop = RandomCrop((8, 8), scale=scale)
+    ours = torch.tensor([crop.draw(*size, seed) for seed in range(3000)], dtype=torch.float64)
+    torch.manual_seed(0)
+    empty = torch.empty(1, *size)
+    theirs = [transforms.RandomResizedCrop.get_params(empty, scale, ratios) for _ in range(3000)]
+    theirs = torch.tensor(theirs, dtype=torch.float64)
+    both = zip((*ours.T[:4], ours[:, 2] * ours[:, 3]), (*theirs.T, theirs[:, 2] * theirs[:, 3]), strict=True)
+    for a, b in both:
+        places = torch.cat([a, b]).unique()
+        shares = [torch.searchsorted(sample.sort().values, places, right=True) / 3000 for sample in (a, b)]
+        assert (shares[0] - shares[1]).abs().max() < 0.05
+    assert abs(ours[:, 4].mean() - 0.5) < 0.03
+
+
+def test_several_crops_are_those_of_single_calls():
+    crop = RandomCrop((32, 32))
+    for data in (encoded(photograph(100, 80), "JPEG"), encoded(photograph(100, 80))):
+        together = crop(io.BytesIO(data), [5, 6, 7])
+        for seed, view in zip((5, 6, 7), together, strict=True):
+            assert torch.equal(view, crop(io.BytesIO(data), [seed])[0])
+
+
+def test_several_crops_of_a_large_jpeg_share_one_reduced_decoding(monkeypatch):
+    decoded = []
+
+    def decode(*arguments, decode_jpeg=simplejpeg.decode_jpeg, **options):
+        decoded.append(decode_jpeg(*arguments, **options))
+        return decoded[-1]
+
+    monkeypatch.setattr("convmae.data.images.simplejpeg.decode_jpeg", decode)
+    data = encoded(photograph(1600, 1200), "JPEG")
+    crop = RandomCrop((64, 64))
+    views = crop(io.BytesIO(data), range(4))
+    smallest = min(min(crop.draw(1200, 1600, seed)[2:4]) for seed in range(4))
+    (pixels,) = decoded
+    reduction = 1600 // pixels.shape[1]
+    assert smallest / reduction >= 128 > smallest / (2 * reduction)
+    assert len(views) == 4
+
+
+@pytest.mark.parametrize("damage", ["zeros", "rest"])
+def test_a_slightly_damaged_jpeg_is_decoded_as_pillow_does(damage):
+    data = bytearray(encoded(photograph(400, 300), "JPEG", quality=95))
+    middle = len(data) // 2
+    if damage == "zeros":
+        data[middle : middle + 50] = bytes(50)
+    else:
+        data[-2:-2] = bytes(30)  # between the last pixel and the end marker
+    expected = functional.pil_to_tensor(Image.open(io.BytesIO(data)))
+    result = crop_of(bytes(data), (300, 400))
+    assert torch.equal(result, expected) or torch.equal(result, expected.flip(2))
 
 
 def _grey16(image_format):

@@ -109,13 +109,13 @@ def numbered(tmp_path):
 def test_a_sample_depends_on_its_key_and_seed_only(photographs, transform):
     dataset = TrainingImages(photographs, transform, seed=1)
     states = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    image = dataset[2, 3]["image"]
+    image = dataset[2, 3]["images"][0]
     assert (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
     torch.rand(7)
     dataset[0, 0]
-    assert torch.equal(dataset[2, 3]["image"], image)
+    assert torch.equal(dataset[2, 3]["images"][0], image)
     others = [dataset[1, 3], dataset[2, 11], TrainingImages(photographs, transform, seed=2)[2, 3]]
-    assert not any(torch.equal(other["image"], image) for other in others)
+    assert not any(torch.equal(other["images"][0], image) for other in others)
 
 
 @pytest.mark.parametrize("transform", [CROP, VARIED])
@@ -125,7 +125,7 @@ def test_workers_do_not_change_the_batches_and_a_position_continues_them(photogr
     assert not same(*epochs)
     for batch in epochs[0]:
         assert (batch["images"].dtype, batch["images"].shape) == (torch.uint8, (2, 3, 8, 8))
-        assert batch["images"].is_contiguous()
+        assert batch["images"].is_contiguous(memory_format=torch.channels_last)
     for epoch in (1, 0):
         assert same(epoch_of(with_workers, epoch), epochs[epoch])
     fresh = training_loader(photographs, transform, 2)
@@ -156,6 +156,74 @@ def test_a_source_smaller_than_a_batch_fills_one(photographs):
     (batch,) = epoch_of(training_loader(photographs, CROP, 16))
     assert len(batch["images"]) == 16
     assert len(torch.unique(batch["images"], dim=0)) == 16
+
+
+# Repeated augmentation
+
+
+@pytest.mark.parametrize("aug_repeats", [2, 3])
+@pytest.mark.parametrize("transform", [CROP, VARIED])
+def test_a_batch_holds_several_views_of_each_of_fewer_images(photographs, transform, aug_repeats):
+    batches = epoch_of(training_loader(photographs, transform, 6, aug_repeats=aug_repeats, seed=1), epoch=4)
+    assert len(batches) == 8 // 6  # as many as without
+    dataset = TrainingImages(photographs, transform, seed=1, aug_repeats=aug_repeats)
+    samples = [dataset[4, index] for index in range(8)]
+    for batch in batches:
+        assert batch["images"].shape == (6, 3, 8, 8)
+        assert len(torch.unique(batch["images"], dim=0)) == 6
+        groups = batch["images"].split(aug_repeats)
+        found = [
+            [index for index, sample in enumerate(samples) if torch.equal(torch.stack(sample["images"]), group)]
+            for group in groups
+        ]
+        assert [len(indices) for indices in found] == [1] * (6 // aug_repeats)
+        labels = [samples[index]["label"] for (index,) in found for _ in range(aug_repeats)]
+        assert batch["labels"].tolist() == labels
+
+
+@pytest.mark.parametrize(("aug_repeats", "num_replicas"), [(2, 1), (3, 1), (2, 2), (3, 2)])
+def test_as_many_epochs_as_repeats_see_each_image_once(numbered, aug_repeats, num_replicas):
+    loaders = [
+        training_loader(
+            numbered, batch_size=aug_repeats, aug_repeats=aug_repeats, num_replicas=num_replicas, rank=rank, seed=3
+        )
+        for rank in range(num_replicas)
+    ]
+    for shuffle in (0, 1):
+        seen = []
+        for epoch in range(shuffle * aug_repeats, (shuffle + 1) * aug_repeats):
+            share = [pair for loader in loaders for batch in epoch_of(loader, epoch) for pair in seen_in([batch])]
+            assert len(share) == 14 // (aug_repeats * num_replicas) * aug_repeats * num_replicas
+            assert all(share.count(pair) == aug_repeats for pair in share)
+            seen += share
+        assert all(seen.count(pair) == aug_repeats for pair in seen)
+        assert 14 - len(set(seen)) < aug_repeats * num_replicas
+
+
+@pytest.mark.parametrize("aug_repeats", [2, 3])
+def test_repeated_views_do_not_depend_on_workers_and_a_position_continues_them(photographs, aug_repeats):
+    def fresh(num_workers=0):
+        return training_loader(photographs, VARIED, aug_repeats, aug_repeats=aug_repeats, num_workers=num_workers)
+
+    loader, with_workers = fresh(), fresh(2)
+    epochs = [epoch_of(loader, epoch) for epoch in range(4)]
+    for epoch in (3, 1, 0):
+        assert same(epoch_of(with_workers, epoch), epochs[epoch])
+        assert same(epoch_of(fresh(), epoch, batch=1), epochs[epoch][1:])
+
+
+def test_damaged_files_are_replaced_as_groups(partly_damaged):
+    loader = training_loader(partly_damaged, aug_repeats=2, skip_damaged=True)
+    batches = [batch for epoch in (0, 1) for batch in epoch_of(loader, epoch)]
+    assert [len(batch["images"]) for batch in batches] == [4] * 6
+    assert sorted(names(failure for batch in batches for failure in batch["failed"])) == ["03", "04", "04", "11"]
+    for batch in batches:
+        assert seen_in([batch])[::2] == seen_in([batch])[1::2]
+
+
+def test_repeats_that_do_not_divide_the_batch_are_refused(numbered):
+    with pytest.raises(UserError, match="4 images a pass and process are no multiple of aug_repeats 3: change"):
+        training_loader(numbered, batch_size=4, aug_repeats=3)
 
 
 # Evaluation
@@ -199,9 +267,14 @@ def test_truncated_files_count_as_damaged(image_format, transform, tmp_path):
     data = encoded(photograph(600, 600), image_format)
     (tmp_path / "0.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "1.png").write_bytes(encoded(plain(50)))
-    sample = TrainingImages(open_images(tmp_path), transform)[0, 0]
+    source = open_images(tmp_path)
+    if transform is CENTRE:
+        sample = EvaluationImages(source, transform, skip_damaged=True)[0]
+        assert sample["image"] is None
+    else:
+        sample = TrainingImages(source, transform)[0, 0]
+        assert (sample["images"][0] == 50).all()
     assert [failure.partition(": ")[0] for failure in sample["failed"]] == ["0.png"]
-    assert (sample["image"] == 50).all()
 
 
 def test_a_damaged_file_is_refused_by_its_name(partly_damaged):
@@ -221,9 +294,9 @@ def test_damaged_files_are_replaced_in_training(partly_damaged):
     assert names(sample["failed"]) == ["03", "04"]
     assert sample["failed"][0].endswith("/03.png: not an image, or of an unknown format")
     assert "truncated" in sample["failed"][1]
-    assert (sample["image"] == 50).all()
+    assert (sample["images"][0] == 50).all()
     assert sample["label"] == 1
-    assert (dataset[0, 11]["image"] == 0).all()  # after the last comes the first
+    assert (dataset[0, 11]["images"][0] == 0).all()  # after the last comes the first
     whole = epoch_of(training_loader(partly_damaged, skip_damaged=True))
     assert [len(batch["images"]) for batch in whole] == [4, 4, 4]
     assert sorted(names(failure for batch in whole for failure in batch["failed"])) == ["03", "04", "04", "11"]
@@ -265,7 +338,7 @@ def test_all_labelled_images_in_a_row_may_be_damaged_but_one(tmp_path):
 
 
 def test_only_the_files_are_blamed_for_damage(photographs):
-    def broken(file):
+    def broken(file, seeds=()):
         raise ValueError("a mistake of our own")
 
     with pytest.raises(ValueError, match="a mistake of our own"):
@@ -330,6 +403,26 @@ def test_a_stream_is_shuffled_anew_each_epoch_and_keeps_its_labels(columns, num_
     assert sorted(seen_in(rest)) == sorted(seen_in(epochs[1][1:]))
     other = training_loader(stream(folder), batch_size=5, num_workers=num_workers, seed=2)
     assert seen_in(epoch_of(other, epoch=1)) != seen_in(epochs[1])
+
+
+@pytest.mark.parametrize(("aug_repeats", "num_workers"), [(2, 0), (2, 2), (5, 0)])
+def test_a_stream_with_repeats_takes_its_shares_one_after_the_other(columns, aug_repeats, num_workers):
+    folder = columns()
+
+    def fresh():
+        return training_loader(
+            stream(folder), batch_size=aug_repeats, num_workers=num_workers, aug_repeats=aug_repeats, seed=1
+        )
+
+    loader = fresh()
+    epochs = [epoch_of(loader, epoch) for epoch in range(2 * aug_repeats)]
+    for first in (0, aug_repeats):
+        seen = [pair for batches in epochs[first : first + aug_repeats] for pair in seen_in(batches)]
+        assert sorted(seen) == sorted(EVERY * aug_repeats)
+        assert [len(batches) for batches in epochs] == [20 // aug_repeats] * (2 * aug_repeats)
+    assert seen_in(epochs[0]) != seen_in(epochs[aug_repeats])
+    epoch = aug_repeats + 1
+    assert same(epoch_of(fresh(), epoch, batch=2), epochs[epoch][2:])
 
 
 def test_each_image_of_a_stream_is_varied_by_seed_epoch_worker_and_place(columns):

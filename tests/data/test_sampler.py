@@ -55,6 +55,25 @@ def test_a_tiny_data_set_is_repeated_to_one_batch():
     assert {index % 3 for index in indices} == {0, 1, 2}
 
 
+@pytest.mark.parametrize(("num_samples", "batch_size", "aug_repeats"), [(103, 4, 3), (24, 6, 2), (5, 4, 4)])
+def test_with_repeats_a_shuffle_lasts_several_epochs(num_samples, batch_size, aug_repeats):
+    def shares(first):
+        samplers = [
+            ResumableSampler(num_samples, batch_size, num_replicas=2, rank=rank, aug_repeats=aug_repeats)
+            for rank in (0, 1)
+        ]
+        for epoch in range(first, first + aug_repeats):
+            for sampler in samplers:
+                sampler.set_position(epoch)
+                yield [index for number, index in sampler if number == epoch]
+
+    alone = ResumableSampler(num_samples, batch_size * aug_repeats, num_replicas=2)
+    seen = list(shares(0))
+    assert {len(share) for share in seen} == {alone.batches_per_epoch * batch_size}  # as many crops as without
+    assert len({index for share in seen for index in share}) == sum(map(len, seen))
+    assert seen != list(shares(aug_repeats))
+
+
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="impossible sampler"):
         ResumableSampler(10, 2, num_replicas=2, rank=2)

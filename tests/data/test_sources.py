@@ -83,7 +83,7 @@ def test_demo_photographs():
     assert len({source.picture_name(index) for index in range(256)}) == 16
     dataset = TrainingImages(source, RandomCrop((32, 32)))
     samples = [dataset[0, index] for index in range(16)]
-    assert all(not sample["failed"] and sample["image"].float().std() > 5 for sample in samples)
+    assert all(not sample["failed"] and sample["images"][0].float().std() > 5 for sample in samples)
 
 
 @pytest.mark.parametrize("data", ["demo", "wds/x-{0..1}.tar", "hfds/x", "hfids/x"])

@@ -69,15 +69,16 @@ class LabelledBatches:
         augmentation: AugmentationOptions,
         seed: int,
         skip_damaged: bool,
+        aug_repeats: int = 1,
     ) -> None:
-        """batch_size: images of one pass of one process."""
+        """batch_size: images of one pass of one process; aug_repeats: how many of them are crops of one picture."""
         if (augmentation.mixup or augmentation.cutmix) and batch_size % 2:
             raise UserError(f"mixup and cutmix need pairs, a pass has {batch_size} images: choose an even number")
         size, channels = network.settings["image_size"], network.settings["in_channels"]
         self.num_classes = len(training.classes)
         self.num_images = training.reader.num_samples if isinstance(training, ImageStream) else len(training)
         self.failures = failures
-        self._fabric, self._seed = fabric, seed
+        self._fabric, self._seed, self._aug_repeats = fabric, seed, aug_repeats
         self._normalize = network.encoder.normalize
         self._vary = BatchAugmentation(augmentation, self.num_classes, fabric.device)
         shared: dict[str, Any] = {
@@ -89,7 +90,7 @@ class LabelledBatches:
             "rank": fabric.global_rank,
         }
         vary = Augmentation(size, channels, augmentation)
-        self._training = build_training_loader(training, vary, seed=seed, **shared)
+        self._training = build_training_loader(training, vary, seed=seed, aug_repeats=aug_repeats, **shared)
         center_crop = CenterCrop(size, channels, network.crop_pct)
         self._validation = build_evaluation_loader(validation, center_crop, **shared)
 
@@ -102,18 +103,19 @@ class LabelledBatches:
         """Varied, normalised images (B, C, H, W) and soft targets (B, N) of an epoch, from batch number `first` on."""
         self._training.set_position(epoch, first)
         for number, batch in enumerate(self._training, start=first):
+            self.failures.record(len(batch["images"]) // self._aug_repeats, batch["failed"])
             images, labels = self._on_device(batch)
             yield self._vary(self._normalize(images), labels, self._seed, epoch, number, self._fabric.global_rank)
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """uint8 images (B, C, H, W) and labels (B,), each image once over all processes."""
         for batch in self._validation:
+            self.failures.record(len(batch["images"]), batch["failed"])
             images, labels = self._on_device(batch)
             if len(images):
                 yield images, labels
 
     def _on_device(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        self.failures.record(len(batch["images"]), batch["failed"])
         device = self._fabric.device
         return batch["images"].to(device, non_blocking=True), batch["labels"].to(device, non_blocking=True)
 

@@ -62,6 +62,7 @@ def finetune(
     image_size: int | tuple[int, int] | None = None,
     in_channels: int | None = None,
     crop_pct: float | None = None,
+    aug_repeats: int = 1,
     drop_path: float = 0.1,
     ema_decay: float | None = None,
     train_split: str = "train",
@@ -93,6 +94,8 @@ def finetune(
         in_channels: 1 (grey), 3 (RGB) or 4 (RGBA); by default that of the weights, else 3.
         crop_pct: share of the resized shorter side that the centre crop of an evaluation keeps; by default that of the
             weights, else 0.875.
+        aug_repeats: crops taken of each image that is decoded, all in one batch (repeated augmentation); an epoch stays
+            as many crops as there are images, and so takes one in aug_repeats of them.
         drop_path: rate of stochastic depth in the last block; it grows linearly from 0.
         ema_decay: evaluate and keep a moving average of the weights with this decay; 0.9999 for long runs.
         train_split: split that is trained on.
@@ -118,6 +121,7 @@ def finetune(
         epochs=epochs,
         batch_size=batch_size,
         accumulate=accumulate,
+        aug_repeats=aug_repeats,
         max_skipped=max_skipped,
         evaluate_every_epochs=evaluate_every_epochs,
         logging_every_steps=logging.every_steps,
@@ -155,6 +159,7 @@ def finetune(
         augmentation,
         seed,
         skip_damaged,
+        aug_repeats,
     )
     steps_per_epoch = len(batches) // accumulate
     if steps_per_epoch < 1:

@@ -63,6 +63,7 @@ def pretrain(
     masked_convolution: bool = True,
     dense: bool = False,
     crop_scale: tuple[float, float] = (0.2, 1.0),
+    aug_repeats: int = 1,
     split: str = "train",
     weights: Path | None = None,
     resume: bool = False,
@@ -94,6 +95,8 @@ def pretrain(
         masked_convolution: false for the ablation whose convolutions see masked cells.
         dense: compute masked cells too: slower, the same result.
         crop_scale: smallest and largest share of an image's area in a random crop.
+        aug_repeats: crops taken of each image that is decoded, all in one batch (repeated augmentation); an epoch stays
+            as many crops as there are images, and so takes one in aug_repeats of them.
         split: split of a Hugging Face data set.
         weights: start from the weights of this file or run, ours or published.
         resume: go on from the newest checkpoint in output, if there is one.
@@ -113,6 +116,7 @@ def pretrain(
         epochs=epochs,
         batch_size=batch_size,
         accumulate=accumulate,
+        aug_repeats=aug_repeats,
         max_skipped=max_skipped,
         logging_every_steps=logging.every_steps,
         checkpoint_every_epochs=checkpoint.every_epochs,
@@ -144,6 +148,7 @@ def pretrain(
         source,
         RandomCrop(size, in_channels, crop_scale),
         batch_size=batch_of_a_pass,
+        aug_repeats=aug_repeats,
         seed=seed,
         num_workers=loader_workers(engine, fabric),
         pin_memory=fabric.device.type == "cuda",
@@ -172,9 +177,9 @@ def pretrain(
     def batches(epoch: int, first: int) -> Iterator[Tensor]:
         loader.set_position(epoch, first)
         for batch in loader:
-            failures.record(len(batch["images"]), batch["failed"])
+            failures.record(len(batch["images"]) // aug_repeats, batch["failed"])
             if not examples:
-                examples.extend(batch["images"][:_EXAMPLES])
+                examples.extend(batch["images"][::aug_repeats][:_EXAMPLES])
             yield batch["images"].to(fabric.device, non_blocking=True)
 
     def after_epoch(epoch: int) -> None:
@@ -286,4 +291,4 @@ def _examples(loader: TrainingLoader) -> list[Tensor]:
     if not isinstance(loader.dataset, TrainingImages):
         return []
     count = min(_EXAMPLES, len(loader.dataset))
-    return [loader.dataset[0, number * len(loader.dataset) // count]["image"] for number in range(count)]
+    return [loader.dataset[0, number * len(loader.dataset) // count]["images"][0] for number in range(count)]

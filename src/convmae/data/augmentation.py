@@ -3,7 +3,7 @@
 timm's transforms and augmentations do the work. B batch, C channels, H height, W width, N classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -56,7 +56,7 @@ NO_AUGMENTATION = AugmentationOptions(None, 0.0, (0.08, 1.0), 0.5, 0.0, 0.0, 0.0
 
 
 class Augmentation:
-    """An encoded picture's random crop, varied, by the global random numbers."""
+    """An encoded picture's random crops, varied."""
 
     def __init__(self, image_size: tuple[int, int], in_channels: int, options: AugmentationOptions) -> None:
         """image_size: (H, W); in_channels: 1 grey, 3 RGB, 4 RGBA. Raises UserError for impossible options."""
@@ -82,11 +82,16 @@ class Augmentation:
         except (AssertionError, ValueError) as error:  # what timm says of a policy that it does not know
             raise UserError(f"unknown policy auto_augment '{options.auto_augment}': see timm's") from error
 
-    def __call__(self, file: BinaryIO) -> Tensor:
-        """An encoded picture -> uint8 (C, H, W); raises UndecodableImageError."""
+    def __call__(self, file: BinaryIO, seeds: Sequence[int]) -> list[Tensor]:
+        """An encoded picture, decoded once -> a view for each seed, uint8 (C, H, W); raises UndecodableImageError."""
         grey = self._in_channels == 1  # policies mix in colours, so grey comes last
-        pixels = self._transform(open_upright(file, 3 if grey else self._in_channels))
-        return _grey(pixels) if grey else pixels
+        image = open_upright(file, 3 if grey else self._in_channels)
+        views = []
+        for seed in seeds:
+            with seeded(seed):
+                pixels = self._transform(image)
+            views.append(_grey(pixels) if grey else pixels)
+        return views
 
 
 class CenterCrop:

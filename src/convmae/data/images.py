@@ -1,29 +1,36 @@
-"""Encoded pictures decoded, whole or as the random crop that pretraining sees.
+"""Encoded pictures decoded, whole or as the random crops that pretraining sees.
 
-Pillow decodes the pictures, a JPEG at a reduced size where the crop allows it, and only the crop is
-resampled. Tensors stay uint8; the device normalises. C channels, H height, W width.
+Pillow reads the header, from which a crop is drawn, and decodes; upright JPEG files simplejpeg does, which is faster. A
+JPEG is decoded at a reduced size where the crop allows it, and only the crop is resampled. Tensors stay uint8; the
+device normalises. C channels, H height, W width.
 
 Pictures come out upright (EXIF orientation is applied); of an animation the first frame; without alpha unless
 it is asked for; of 16-bit grey the high byte.
 """
 
+import io
 import logging
 import math
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy
+import simplejpeg
+import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional
 
 from convmae.errors import UserError
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's mode
+_COLOUR_SPACES = {"L": "GRAY", "RGB": "RGB", "RGBA": "RGBA"}  # simplejpeg's names for them
 # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the crop's sides keep this many times image_size.
 _REDUCING_GAP = 2.0
+_ASPECT_RATIOS = (3 / 4, 4 / 3)  # of crops, width / height
 
 _logger = logging.getLogger(__name__)
 
@@ -43,8 +50,18 @@ def undecodable_if_damaged() -> Iterator[None]:
         raise UndecodableImageError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
+class Crop(NamedTuple):
+    """A part of a picture as it is stored, in pixels, and whether it is mirrored left to right."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    mirrored: bool
+
+
 class RandomCrop:
-    """An encoded picture's random resized crop, flipped or not, by torch's global generator."""
+    """An encoded picture's random resized crops, mirrored or not."""
 
     def __init__(
         self, image_size: tuple[int, int], in_channels: int = 3, scale: tuple[float, float] = (0.2, 1.0)
@@ -55,38 +72,88 @@ class RandomCrop:
             raise UserError(f"a crop needs a positive size and 0 < scale <= 1: not {image_size} and {scale}")
         height, width = image_size
         self.image_size = (height, width)
-        self._crop = v2.RandomResizedCrop(self.image_size, scale, interpolation=InterpolationMode.BICUBIC)
-        self._flip = v2.RandomHorizontalFlip()
+        self._scale = scale
 
-    def __call__(self, file: BinaryIO) -> Tensor:
-        """An encoded picture -> uint8 (C, H, W); raises UndecodableImageError."""
-        with undecodable_if_damaged(), Image.open(file) as image:
-            # The header tells the size, so the crop is known before a pixel is decoded.
-            crop = self._crop.make_params([image])
-            cropped = _decode_crop(image, **crop, mode=self._mode, image_size=self.image_size)
-        pixels = functional.pil_to_tensor(cropped)
-        return self._flip(functional.resize(pixels, list(self.image_size), InterpolationMode.BICUBIC))
+    def __call__(self, file: BinaryIO, seeds: Sequence[int]) -> list[Tensor]:
+        """An encoded picture, decoded once -> a crop for each seed, uint8 (C, H, W); raises UndecodableImageError."""
+        with undecodable_if_damaged():
+            encoded = file.read()
+            with Image.open(io.BytesIO(encoded)) as image:
+                # The header tells the size, so the crops are known before a pixel is decoded.
+                crops = [self.draw(image.height, image.width, seed) for seed in seeds]
+                regions = _decode_crops(encoded, image, crops, self._mode, self.image_size)
+        return [self._resized(region, crop) for region, crop in zip(regions, crops, strict=True)]
+
+    def draw(self, height: int, width: int, seed: int) -> Crop:
+        """A crop of a picture of this size: a share of its area and an aspect ratio, both random, at a random place."""
+        numbers = random.Random(seed)
+        mirrored = numbers.random() < 0.5
+        for _ in range(10):
+            area = height * width * numbers.uniform(*self._scale)
+            ratio = math.exp(numbers.uniform(*map(math.log, _ASPECT_RATIOS)))
+            crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 0 < crop_height <= height and 0 < crop_width <= width:
+                break
+        else:  # the largest central part whose aspect ratio is allowed
+            crop_height = max(1, min(height, round(width / _ASPECT_RATIOS[0])))
+            crop_width = max(1, min(width, round(height * _ASPECT_RATIOS[1])))
+            top, left = (height - crop_height) // 2, (width - crop_width) // 2
+            return Crop(top, left, crop_height, crop_width, mirrored)
+        top, left = numbers.randint(0, height - crop_height), numbers.randint(0, width - crop_width)
+        return Crop(top, left, crop_height, crop_width, mirrored)
+
+    def _resized(self, region: Tensor, crop: Crop) -> Tensor:
+        """A crop's pixels (h, w, C) -> (C, H, W), with the channels last in memory, as torch resizes fast."""
+        pixels = region[None].permute(0, 3, 1, 2)
+        resized = interpolate(pixels, self.image_size, mode="bicubic", antialias=True)[0]
+        return resized.flip(2) if crop.mirrored else resized
 
 
-def _decode_crop(
-    image: Image.Image, top: int, left: int, height: int, width: int, mode: str, image_size: tuple[int, int]
-) -> Image.Image:
-    """The crop's pixels, upright and in `mode`, at a reduced size where it still exceeds image_size."""
+def _decode_crops(
+    encoded: bytes, image: Image.Image, crops: Sequence[Crop], mode: str, image_size: tuple[int, int]
+) -> list[Tensor]:
+    """The crops' pixels (h, w, C), upright and in `mode`, of a picture that is open and not decoded yet.
+
+    They are at a reduced size where all still exceed image_size.
+    """
     # draft() takes the smallest size wanted for the whole image and does nothing unless it is a JPEG. The
     # longer side stands for both, since EXIF may exchange them.
-    pixels = max(image_size) * _REDUCING_GAP
+    longest = max(image_size) * _REDUCING_GAP
     full_width = image.width
-    drafted = image.draft(mode, (math.ceil(full_width * pixels / width), math.ceil(image.height * pixels / height)))
+    wanted_width = math.ceil(full_width * longest / min(crop.width for crop in crops))
+    wanted_height = math.ceil(image.height * longest / min(crop.height for crop in crops))
+    jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
+    drafted = image.draft(mode, (wanted_width, wanted_height))
     reduction = round(full_width / drafted[1][2]) if drafted else 1
+    boxes = [
+        [round(edge / reduction) for edge in (crop.top, crop.left, crop.top + crop.height, crop.left + crop.width)]
+        for crop in crops
+    ]
+    if jpeg and _is_upright(image):
+        try:
+            pixels = simplejpeg.decode_jpeg(
+                encoded, _COLOUR_SPACES[mode], min_height=image.height, min_width=image.width
+            )
+        except ValueError as error:  # raised for the least damage: Pillow shall judge it, and find the words
+            _logger.debug("simplejpeg does not decode a JPEG: %s", error)
+        else:
+            return [torch.from_numpy(pixels[top:bottom, left:right]) for top, left, bottom, right in boxes]
     image.load()
-    right, bottom = round((left + width) / reduction), round((top + height) / reduction)
-    cropped = image.crop((round(left / reduction), round(top / reduction), right, bottom))
+    regions = []
+    for top, left, bottom, right in boxes:
+        region = image.crop((left, top, right, bottom))
+        region = _converted(region if _is_upright(image) else ImageOps.exif_transpose(region), mode)
+        regions.append(functional.pil_to_tensor(region).permute(1, 2, 0))
+    return regions
+
+
+def _is_upright(image: Image.Image) -> bool:
+    """Whether the EXIF data ask for no turn; unreadable ones do not."""
     try:
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            cropped = ImageOps.exif_transpose(cropped)
+        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     except Exception as error:  # damaged metadata raise as many types as damaged pixels, and do no harm
         _logger.debug("unreadable EXIF: %s", error)
-    return _converted(cropped, mode)
+        return True
 
 
 def open_upright(file: BinaryIO, in_channels: int = 3) -> Image.Image:

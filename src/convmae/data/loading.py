@@ -1,12 +1,12 @@
 """From the pictures of a source to batches, for training in a random order without end, for judging in order once.
 
-A transform (RandomCrop, Augmentation, CenterCrop) makes a tensor of an encoded picture. Here it gets its seed, damaged
-pictures are replaced, left out or refused, and processes and workers get their shares. B batch, C channels, H height,
-W width.
+A transform (RandomCrop, Augmentation, CenterCrop) makes a tensor of an encoded picture. Here it gets its seeds, damaged
+pictures are replaced, left out or refused, and processes and workers get their shares. B batch, R views of a picture,
+C channels, H height, W width.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from convmae.data.images import UndecodableImageError, undecodable_if_damaged
-from convmae.data.sampler import ResumableSampler, seeded
+from convmae.data.sampler import ResumableSampler, mixed_seed
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 
 Transform = Callable[[BinaryIO], Tensor]
-"""An encoded picture -> uint8 (C, H, W), by the global random numbers where it varies; raises UndecodableImageError."""
+"""An encoded picture -> uint8 (C, H, W); raises UndecodableImageError."""
+
+RandomTransform = Callable[[BinaryIO, Sequence[int]], list[Tensor]]
+"""An encoded picture -> a view of it for each seed, uint8 (C, H, W); raises UndecodableImageError."""
 
 _FAILURES_IN_A_ROW = 50  # of unlabelled pictures; more than chance damage: a broken disk, or not pictures at all
 
@@ -34,29 +37,40 @@ _logger = logging.getLogger(__name__)
 class TrainingImages(Dataset):
     """Varied images by key: dataset[epoch, index] depends on (seed, epoch, index) and on nothing else."""
 
-    def __init__(self, source: ImageCollection, transform: Transform, seed: int = 0, skip_damaged: bool = True) -> None:
+    def __init__(
+        self,
+        source: ImageCollection,
+        transform: RandomTransform,
+        seed: int = 0,
+        skip_damaged: bool = True,
+        aug_repeats: int = 1,
+    ) -> None:
+        """aug_repeats: views of each picture, R."""
         self.source, self.transform, self.seed, self.skip_damaged = source, transform, seed, skip_damaged
+        self.aug_repeats = aug_repeats
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """{"image": uint8 (C, H, W), "label": int, "failed": names and reasons of the damaged pictures it replaces}.
+        """{"images": R of uint8 (C, H, W), "label": int, "failed": names and reasons of damaged pictures it replaces}.
 
         The index is taken modulo the length, the label 0 without classes. Raises UserError at the first damaged picture
         unless skip_damaged, and where 50 in a row, of labelled ones all, are damaged.
         """
         epoch, index = key
+        seeds = [mixed_seed(self.seed, epoch, index, view) for view in range(self.aug_repeats)]
         failed: list[str] = []
         for attempt in range(_most_failures(self.source)):
             position = (index + attempt) % len(self)
             try:
-                with seeded(self.seed, epoch, index):
-                    sample = _sample(self.source, partial(self.source.open_labelled, position), self.transform)
+                images, label = _transformed(
+                    self.source, partial(self.source.open_labelled, position), self.transform, seeds
+                )
             except UndecodableImageError as error:
                 failed.append(_failure(self.source.picture_name(position), error, self.skip_damaged))
             else:
-                return {**sample, "failed": failed}
+                return {"images": images, "label": label, "failed": failed}
         raise _all_failed(self.source, failed)
 
 
@@ -64,24 +78,35 @@ class StreamedTrainingImages(IterableDataset):
     """Varied images of a stream; each depends on the seed, the epoch, the worker and its place there."""
 
     def __init__(
-        self, source: ImageStream, transform: Transform, batch_size: int, seed: int = 0, skip_damaged: bool = True
+        self,
+        source: ImageStream,
+        transform: RandomTransform,
+        batch_size: int,
+        seed: int = 0,
+        skip_damaged: bool = True,
+        aug_repeats: int = 1,
     ) -> None:
+        """batch_size: samples per rank and step; aug_repeats: views of each, R."""
         self.source, self.transform, self.seed, self.skip_damaged = source, transform, seed, skip_damaged
-        self.batch_size = batch_size
+        self.batch_size, self.aug_repeats = batch_size, aug_repeats
         self.epoch, self.first_batch = SharedCount(), SharedCount()  # workers that live on see them change
 
     def set_position(self, epoch: int, batch: int = 0) -> None:
         """The next iteration yields `epoch` without its first `batch` batches."""
-        self.source.reader.set_epoch(epoch)
+        self.source.reader.set_epoch(epoch // self.aug_repeats)
         self.epoch.value, self.first_batch.value = epoch, batch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields samples as TrainingImages does, and raises as it does."""
         worker = get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        # Batch b comes from worker b % num_workers. What was seen is read again, but not decoded.
-        skipped = len(range(worker_id, self.first_batch.value, num_workers)) * self.batch_size
-        wanted = len(self.source) // num_workers - skipped
+        epoch = self.epoch.value
+        # Batch b comes from worker b % num_workers. What was seen is read again, but not decoded: the epoch's first
+        # batches, and the shares of the stream that earlier epochs took.
+        seen = len(range(worker_id, self.first_batch.value, num_workers)) * self.batch_size
+        share = len(self.source) // num_workers // self.aug_repeats
+        skipped = epoch % self.aug_repeats * share + seen
+        wanted = share - seen
         if not wanted:
             return
         failed: list[str] = []
@@ -89,14 +114,15 @@ class StreamedTrainingImages(IterableDataset):
             if place < skipped:
                 continue
             try:
-                with seeded(self.seed, self.epoch.value, self.source.reader.global_worker_id, place):
-                    sample = _sample(self.source, picture.open_labelled, self.transform)
+                key = (self.seed, epoch, self.source.reader.global_worker_id, place)
+                seeds = [mixed_seed(*key, view) for view in range(self.aug_repeats)]
+                images, label = _transformed(self.source, picture.open_labelled, self.transform, seeds)
             except UndecodableImageError as error:
                 failed.append(_failure(picture.name(), error, self.skip_damaged))
                 if len(failed) == _most_failures(self.source):
                     raise _all_failed(self.source, failed) from error
                 continue
-            yield {**sample, "failed": failed}
+            yield {"images": images, "label": label, "failed": failed}
             failed = []
             wanted -= 1
             if not wanted:
@@ -134,19 +160,20 @@ class StreamedEvaluationImages(IterableDataset):
             yield _judged(self.source, open_labelled, self.transform, name, self.skip_damaged)
 
 
-def _sample(
+def _transformed(
     source: ImageCollection | ImageStream,
     open_labelled: Callable[[], tuple[BinaryIO, int | None]],
-    transform: Transform,
-) -> dict[str, Any]:
-    """{"image": uint8 (C, H, W), "label": int}; raises UndecodableImageError."""
+    transform: Callable[..., Any],
+    *arguments: Any,
+) -> tuple[Any, int | None]:
+    """What the transform makes of a picture and of the arguments, and the label; raises UndecodableImageError."""
     with undecodable_if_damaged():
         file, label = open_labelled()
     with file:
-        image = transform(file)
+        images = transform(file, *arguments)
     if source.classes and (label is None or not 0 <= label < len(source.classes)):
         raise UserError(f"{source.name} has images without a class (number {label}): choose another split")
-    return {"image": image, "label": label}
+    return images, label
 
 
 def _judged(
@@ -157,9 +184,10 @@ def _judged(
     skip_damaged: bool,
 ) -> dict[str, Any]:
     try:
-        return {**_sample(source, open_labelled, transform), "failed": []}
+        image, label = _transformed(source, open_labelled, transform)
     except UndecodableImageError as error:
         return {"image": None, "label": 0, "failed": [_failure(name(), error, skip_damaged)]}
+    return {"image": image, "label": label, "failed": []}
 
 
 def _failure(name: str, error: UndecodableImageError, skip_damaged: bool) -> str:
@@ -217,14 +245,16 @@ class TrainingLoader(ImageLoader):
     def __len__(self) -> int:
         if self._stream is None:
             return super().__len__()
-        return len(self._stream.source) // self._stream.batch_size - self._stream.first_batch.value
+        crops = self._stream.batch_size * self._stream.aug_repeats
+        return len(self._stream.source) // crops - self._stream.first_batch.value
 
 
 def build_training_loader(
     source: ImageCollection | ImageStream,
-    transform: Transform,
+    transform: RandomTransform,
     *,
     batch_size: int,
+    aug_repeats: int = 1,
     seed: int = 0,
     skip_damaged: bool = True,
     num_workers: int = 0,
@@ -234,22 +264,31 @@ def build_training_loader(
 ) -> TrainingLoader:
     """This rank's shuffled batches {"images": uint8 (B, C, H, W), "labels": int64 (B,), "failed": list}.
 
-    batch_size: samples per rank and step. The images of a collection do not depend on num_workers; a stream is
-    split among the workers, of which there are at most as many as shards and as batches an epoch.
+    batch_size: views per rank and step; aug_repeats: how many of them, side by side, are of one picture, which is
+    decoded once. An epoch has as many views as there are pictures, so each picture is seen in one of aug_repeats
+    epochs. The images of a collection do not depend on num_workers; a stream is split among the workers, of which there
+    are at most as many as shards and as batches an epoch. Raises UserError unless aug_repeats divides batch_size.
     """
+    if aug_repeats < 1 or batch_size % aug_repeats:
+        raise UserError(
+            f"{batch_size} images a pass and process are no multiple of aug_repeats {aug_repeats}: change one of them"
+        )
+    samples = batch_size // aug_repeats
     dataset: TrainingImages | StreamedTrainingImages
     sampler = None
     if isinstance(source, ImageStream):
         # An epoch is rounded up to whole batches in every worker.
         num_workers = min(num_workers, max(1, source.reader.num_samples // (batch_size * num_replicas)))
         num_workers = _share_stream(source, batch_size, num_workers, num_replicas, rank, seed)
-        dataset = StreamedTrainingImages(source, transform, batch_size, seed, skip_damaged)
+        dataset = StreamedTrainingImages(source, transform, samples, seed, skip_damaged, aug_repeats)
     else:
-        dataset = TrainingImages(source, transform, seed, skip_damaged)
-        sampler = ResumableSampler(len(dataset), batch_size, seed=seed, num_replicas=num_replicas, rank=rank)
+        dataset = TrainingImages(source, transform, seed, skip_damaged, aug_repeats)
+        sampler = ResumableSampler(
+            len(dataset), samples, seed=seed, num_replicas=num_replicas, rank=rank, aug_repeats=aug_repeats
+        )
     return TrainingLoader(
         dataset,
-        batch_size=batch_size,
+        batch_size=samples,
         sampler=sampler,
         num_workers=num_workers,
         collate_fn=_collate,
@@ -310,9 +349,11 @@ def _share_stream(
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    # The channels lie last in memory, in single images as in batches: nothing is copied in another order.
+    images = default_collate([image.permute(1, 2, 0) for sample in samples for image in sample["images"]])
     return {
-        "images": default_collate([sample["image"] for sample in samples]),
-        "labels": torch.tensor([sample["label"] for sample in samples]),
+        "images": images.permute(0, 3, 1, 2),
+        "labels": torch.tensor([sample["label"] for sample in samples for _ in sample["images"]]),
         "failed": [failure for sample in samples for failure in sample["failed"]],
     }
 
