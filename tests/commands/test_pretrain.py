@@ -124,10 +124,12 @@ def test_the_kept_configuration_makes_the_same_run(photos, tmp_path):
     assert options.image_size == (32, 48)
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_killed_run_resumes_bit_for_bit(photos, tmp_path, kill):
+@pytest.mark.parametrize(
+    ("kill", "aug_repeats"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGKILL, 1), (signal.SIGTERM, 2)]
+)
+def test_a_killed_run_resumes_bit_for_bit(photos, tmp_path, kill, aug_repeats):
     """2N steps straight against N, kill, resume: weights, optimiser and random states are exactly the same."""
-    flags = ["--epochs", "40", "--checkpoint.every-epochs", "2"]
+    flags = ["--epochs", "40", "--checkpoint.every-epochs", "2", "--aug-repeats", str(aug_repeats)]
     straight = command(photos, tmp_path / "straight", *flags)
     broken = command(photos, tmp_path / "broken", *flags)
     subprocess.run(python_m(*straight), check=True, capture_output=True)
@@ -245,6 +247,8 @@ def _poisoned(tmp_path):
         ({"mask_ratio": 0.0}, r"outside \(0, 1\)"),
         ({"epochs": 0}, "at least 1"),
         ({"batch_size": 5, "accumulate": 2}, "choose a multiple of 2"),
+        ({"aug_repeats": 3}, "4 images a pass and process are no multiple of aug_repeats 3"),
+        ({"aug_repeats": 0}, "aug_repeats is 0: it must be at least 1"),
         ({"optimizer": OptimizerOptions(warmup_epochs=9)}, "warm-up of 9 epochs does not fit a run of 3"),
         ({"checkpoint": CheckpointOptions(keep=0)}, "keep must be at least 1"),
         ({"logging": PictureLoggingOptions(every_steps=0)}, "logging_every_steps"),
@@ -275,6 +279,7 @@ def test_folders_without_images_are_refused(tmp_path, kind):
     "changes",
     [
         {"accumulate": 2},
+        {"aug_repeats": 4},
         {"complementary_sets": 4},
         {"mask_stage": 1},
         {"masked_convolution": False},
