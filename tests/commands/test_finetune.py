@@ -276,9 +276,14 @@ def batches_until(event, epoch, number):
     return training
 
 
-@pytest.mark.parametrize(("data", "ema_decay"), [("{}", None), ("{}", 0.9), ("hfids/{}|48", None)])
-def test_a_stopped_run_resumes_bit_for_bit(labelled, autoencoder_file, tmp_path, monkeypatch, data, ema_decay):
-    options = {**RANDOM, "ema_decay": ema_decay}
+@pytest.mark.parametrize(
+    ("data", "ema_decay", "aug_repeats"),
+    [("{}", None, 1), ("{}", 0.9, 1), ("{}", None, 2), ("hfids/{}|48", None, 1), ("hfids/{}|48", None, 2)],
+)
+def test_a_stopped_run_resumes_bit_for_bit(
+    labelled, autoencoder_file, tmp_path, monkeypatch, data, ema_decay, aug_repeats
+):
+    options = {**RANDOM, "ema_decay": ema_decay, "aug_repeats": aug_repeats}
     if data != "{}":
         datasets = pytest.importorskip("datasets")
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -432,6 +437,8 @@ def test_a_class_without_validation_images_has_no_accuracy(copied, autoencoder_f
         ({"batch_size": 5, "augmentation": AugmentationOptions()}, "mixup and cutmix need pairs, a pass has 5 images"),
         ({"batch_size": 6, "accumulate": 2, "augmentation": AugmentationOptions()}, "a pass has 3 images"),
         ({"batch_size": 8, "accumulate": 3}, "choose a multiple of 3"),
+        ({"aug_repeats": 3}, "8 images a pass and process are no multiple of aug_repeats 3"),
+        ({"aug_repeats": 0}, "aug_repeats is 0: it must be at least 1"),
         ({"batch_size": 96, "accumulate": 3}, "too few images for 3 passes: lower --accumulate"),
         ({"in_channels": 1}, "the weights do not fit the model: encoder.downsample1.proj.weight"),
         ({"in_channels": 2, "weights": None}, "in_channels cannot be 2"),

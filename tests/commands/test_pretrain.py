@@ -19,7 +19,7 @@ import convmae
 from convmae.commands.pretrain import pretrain
 from convmae.training.checkpoint import CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions
-from convmae.training.logging import PictureLoggingOptions
+from convmae.training.logging import PictureLoggingOptions, read_metrics
 from convmae.training.optimizer import OptimizerOptions
 from convmae.training.run import plain_settings
 
@@ -247,6 +247,8 @@ def _poisoned(tmp_path):
         ({"mask_ratio": 0.0}, r"outside \(0, 1\)"),
         ({"epochs": 0}, "at least 1"),
         ({"batch_size": 5, "accumulate": 2}, "choose a multiple of 2"),
+        ({"decode": "gpu"}, "--decode gpu needs a CUDA device, this run is on cpu: leave it out"),
+        ({"decode": "tpu"}, "decode cannot be 'tpu': choose one of cpu, gpu"),
         ({"aug_repeats": 3}, "4 images a pass and process are no multiple of aug_repeats 3"),
         ({"aug_repeats": 0}, "aug_repeats is 0: it must be at least 1"),
         ({"optimizer": OptimizerOptions(warmup_epochs=9)}, "warm-up of 9 epochs does not fit a run of 3"),
@@ -290,6 +292,21 @@ def test_folders_without_images_are_refused(tmp_path, kind):
 def test_other_forms_train_too(photos, tmp_path, changes):
     result = small_run(photos, tmp_path / "run", epochs=1, **changes)
     assert 0 < result.loss < 10
+
+
+@pytest.mark.parametrize("aug_repeats", [1, 2])
+def test_a_device_that_decodes_sees_the_same_crops(photos, tmp_path, monkeypatch, aug_repeats):
+    """The CPU stands for the device: the losses differ by the rounding of resized pixels only."""
+    for path in photos.rglob("*.png"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        Image.open(path).save(tmp_path / "data" / f"{path.stem}.jpg", quality=95)
+    options = {"epochs": 2, "aug_repeats": aug_repeats}
+    here = small_run(tmp_path / "data", tmp_path / "here", **options)
+    monkeypatch.setattr("convmae.commands.pretrain._decodes_on_device", lambda *given: True)
+    there = small_run(tmp_path / "data", tmp_path / "there", decode="gpu", **options)
+    losses = [[record["loss"] for record in read_metrics(run.folder)] for run in (here, there)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert len(losses[0]) == 6
 
 
 def test_two_processes_train_one_model(photos, tmp_path):

@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from convmae import weights as weights_files
+from convmae.data.device_decoding import DeferredCrop, DeviceDecoder, collate_encoded
 from convmae.data.failures import DecodingFailures
 from convmae.data.images import RandomCrop
-from convmae.data.loading import TrainingImages, TrainingLoader, build_training_loader
+from convmae.data.loading import TrainingImages, build_training_loader
 from convmae.data.sampler import mixed_seed
-from convmae.data.sources import open_images
+from convmae.data.sources import ImageCollection, ImageStream, open_images
 from convmae.errors import UserError
 from convmae.models.autoencoder import ConvMAE, Reconstruction
 from convmae.models.registry import create_autoencoder, fill
@@ -25,7 +26,14 @@ from convmae.training.engine import EngineOptions, loader_workers, start_engine
 from convmae.training.logging import PictureLoggingOptions, RunLog, read_metrics
 from convmae.training.loop import Plan, Position, train
 from convmae.training.optimizer import OptimizerOptions, build_optimizer, build_schedule
-from convmae.training.run import check_positive, checkpoint_to_resume, divide_batch, keep_config, plain_settings
+from convmae.training.run import (
+    check_choice,
+    check_positive,
+    checkpoint_to_resume,
+    divide_batch,
+    keep_config,
+    plain_settings,
+)
 from convmae.visualize import loss_curve, reconstruction_picture
 
 _EXAMPLES = 6  # images in a reconstruction picture
@@ -64,6 +72,7 @@ def pretrain(
     dense: bool = False,
     crop_scale: tuple[float, float] = (0.2, 1.0),
     aug_repeats: int = 1,
+    decode: Literal["cpu", "gpu"] = "cpu",
     split: str = "train",
     weights: Path | None = None,
     resume: bool = False,
@@ -97,6 +106,7 @@ def pretrain(
         crop_scale: smallest and largest share of an image's area in a random crop.
         aug_repeats: crops taken of each image that is decoded, all in one batch (repeated augmentation); an epoch stays
             as many crops as there are images, and so takes one in aug_repeats of them.
+        decode: gpu to decode plain JPEG files on the GPU, which frees the cores; not of shards and streams.
         split: split of a Hugging Face data set.
         weights: start from the weights of this file or run, ours or published.
         resume: go on from the newest checkpoint in output, if there is one.
@@ -143,11 +153,14 @@ def pretrain(
     source = open_images(data, split)
 
     fabric = start_engine(engine)
+    on_device = _decodes_on_device(decode, source, fabric.device)
+    crop = RandomCrop(size, in_channels, crop_scale)
     batch_of_a_pass = divide_batch(batch_size, fabric.world_size, accumulate)
     loader = build_training_loader(
         source,
-        RandomCrop(size, in_channels, crop_scale),
+        DeferredCrop(crop) if on_device else crop,
         batch_size=batch_of_a_pass,
+        collate_fn=collate_encoded if on_device else None,
         aug_repeats=aug_repeats,
         seed=seed,
         num_workers=loader_workers(engine, fabric),
@@ -171,14 +184,16 @@ def pretrain(
     if fabric.is_global_zero:
         keep_config(output, settings, restored["step"] if restored else 0)
     failures = DecodingFailures(output)
-    examples = _examples(loader)
+    examples = _examples(source, crop, seed) if isinstance(source, ImageCollection) else []
+    decoder = DeviceDecoder(cast(TrainingImages, loader.dataset), crop, fabric.device) if on_device else None
     picture = output / "reconstructions" / "latest.png"
 
     def batches(epoch: int, first: int) -> Iterator[Tensor]:
         loader.set_position(epoch, first)
-        for batch in loader:
+        for found in loader:
+            batch = found if decoder is None else decoder(found)
             failures.record(len(batch["images"]) // aug_repeats, batch["failed"])
-            if not examples:
+            if not examples:  # of a stream
                 examples.extend(batch["images"][::aug_repeats][:_EXAMPLES])
             yield batch["images"].to(fabric.device, non_blocking=True)
 
@@ -286,9 +301,18 @@ def _draw(network: ConvMAE, images: Tensor, path: Path) -> None:
     network.train()
 
 
-def _examples(loader: TrainingLoader) -> list[Tensor]:
-    """The images of every picture of the run; none yet for a stream, whose first batch serves."""
-    if not isinstance(loader.dataset, TrainingImages):
-        return []
-    count = min(_EXAMPLES, len(loader.dataset))
-    return [loader.dataset[0, number * len(loader.dataset) // count]["images"][0] for number in range(count)]
+def _decodes_on_device(decode: str, source: ImageCollection | ImageStream, device: torch.device) -> bool:
+    """Whether the device decodes; raises UserError where it cannot."""
+    check_choice("decode", decode, ("cpu", "gpu"))
+    if decode == "gpu" and isinstance(source, ImageStream):
+        raise UserError(f"{source.name} is a stream, which only the CPU decodes: leave --decode out")
+    if decode == "gpu" and device.type != "cuda":
+        raise UserError(f"--decode gpu needs a CUDA device, this run is on {device.type}: leave it out")
+    return decode == "gpu"
+
+
+def _examples(source: ImageCollection, crop: RandomCrop, seed: int) -> list[Tensor]:
+    """The images of every picture of the run."""
+    images = TrainingImages(source, crop, seed)
+    count = min(_EXAMPLES, len(images))
+    return [images[0, number * len(images) // count]["images"][0] for number in range(count)]

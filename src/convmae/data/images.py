@@ -68,6 +68,7 @@ class RandomCrop:
     ) -> None:
         """image_size: (H, W) of the crops; in_channels: 1 grey, 3 RGB, 4 RGBA; scale: share of the area."""
         self._mode = pillow_mode(in_channels)
+        self.in_channels = in_channels
         if min(image_size) < 1 or not 0 < scale[0] <= scale[1] <= 1:
             raise UserError(f"a crop needs a positive size and 0 < scale <= 1: not {image_size} and {scale}")
         height, width = image_size
@@ -122,14 +123,14 @@ def _decode_crops(
     full_width = image.width
     wanted_width = math.ceil(full_width * longest / min(crop.width for crop in crops))
     wanted_height = math.ceil(image.height * longest / min(crop.height for crop in crops))
-    jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
+    plain_jpeg = is_plain_jpeg(image)  # which draft() hides
     drafted = image.draft(mode, (wanted_width, wanted_height))
     reduction = round(full_width / drafted[1][2]) if drafted else 1
     boxes = [
         [round(edge / reduction) for edge in (crop.top, crop.left, crop.top + crop.height, crop.left + crop.width)]
         for crop in crops
     ]
-    if jpeg and _is_upright(image):
+    if plain_jpeg:
         try:
             pixels = simplejpeg.decode_jpeg(
                 encoded, _COLOUR_SPACES[mode], min_height=image.height, min_width=image.width
@@ -145,6 +146,11 @@ def _decode_crops(
         region = _converted(region if _is_upright(image) else ImageOps.exif_transpose(region), mode)
         regions.append(functional.pil_to_tensor(region).permute(1, 2, 0))
     return regions
+
+
+def is_plain_jpeg(image: Image.Image) -> bool:
+    """Whether an image that is open and not decoded yet is a JPEG of 8 bits, in grey or RGB, and upright."""
+    return image.format == "JPEG" and image.mode in ("L", "RGB") and _is_upright(image)
 
 
 def _is_upright(image: Image.Image) -> bool:

@@ -6,7 +6,7 @@ C channels, H height, W width.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -23,7 +23,7 @@ from convmae.errors import UserError
 Transform = Callable[[BinaryIO], Tensor]
 """An encoded picture -> uint8 (C, H, W); raises UndecodableImageError."""
 
-RandomTransform = Callable[[BinaryIO, Sequence[int]], list[Tensor]]
+RandomTransform = Callable[[BinaryIO, list[int]], Any]
 """An encoded picture -> a view of it for each seed, uint8 (C, H, W); raises UndecodableImageError."""
 
 _FAILURES_IN_A_ROW = 50  # of unlabelled pictures; more than chance damage: a broken disk, or not pictures at all
@@ -53,9 +53,10 @@ class TrainingImages(Dataset):
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """{"images": R of uint8 (C, H, W), "label": int, "failed": names and reasons of damaged pictures it replaces}.
+        """{"images": R of uint8 (C, H, W), "label": int, "key": key, "failed": of the damaged pictures it replaces}.
 
-        The index is taken modulo the length, the label 0 without classes. Raises UserError at the first damaged picture
+        "images" are what the transform returns, "failed" names and reasons. The index is taken modulo the length, the
+        label is 0 without classes. Raises UserError at the first damaged picture
         unless skip_damaged, and where 50 in a row, of labelled ones all, are damaged.
         """
         epoch, index = key
@@ -70,7 +71,7 @@ class TrainingImages(Dataset):
             except UndecodableImageError as error:
                 failed.append(_failure(self.source.picture_name(position), error, self.skip_damaged))
             else:
-                return {"images": images, "label": label, "failed": failed}
+                return {"images": images, "label": label, "key": key, "failed": failed}
         raise _all_failed(self.source, failed)
 
 
@@ -97,7 +98,7 @@ class StreamedTrainingImages(IterableDataset):
         self.epoch.value, self.first_batch.value = epoch, batch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yields samples as TrainingImages does, and raises as it does."""
+        """Yields samples as TrainingImages does, without keys, and raises as it does."""
         worker = get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         epoch = self.epoch.value
@@ -254,6 +255,7 @@ def build_training_loader(
     transform: RandomTransform,
     *,
     batch_size: int,
+    collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     aug_repeats: int = 1,
     seed: int = 0,
     skip_damaged: bool = True,
@@ -267,7 +269,8 @@ def build_training_loader(
     batch_size: views per rank and step; aug_repeats: how many of them, side by side, are of one picture, which is
     decoded once. An epoch has as many views as there are pictures, so each picture is seen in one of aug_repeats
     epochs. The images of a collection do not depend on num_workers; a stream is split among the workers, of which there
-    are at most as many as shards and as batches an epoch. Raises UserError unless aug_repeats divides batch_size.
+    are at most as many as shards and as batches an epoch. collate_fn: replaces `collate`, for other batches than these.
+    Raises UserError unless aug_repeats divides batch_size.
     """
     if aug_repeats < 1 or batch_size % aug_repeats:
         raise UserError(
@@ -291,7 +294,7 @@ def build_training_loader(
         batch_size=samples,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=collate_fn or collate,
         pin_memory=pin_memory,
         drop_last=True,
         persistent_workers=num_workers > 0,
@@ -348,7 +351,8 @@ def _share_stream(
     return num_workers
 
 
-def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples of training images -> the batch that build_training_loader describes."""
     # The channels lie last in memory, in single images as in batches: nothing is copied in another order.
     images = default_collate([image.permute(1, 2, 0) for sample in samples for image in sample["images"]])
     return {

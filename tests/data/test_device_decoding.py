@@ -1,0 +1,148 @@
+"""Batches decoded by the training process: those of the loading processes, the CPU standing for the device."""
+
+import io
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from convmae.data.device_decoding import DeferredCrop, DeviceDecoder, EncodedCrops, collate_encoded
+from convmae.data.images import RandomCrop
+from convmae.data.labelled import open_labelled_images
+from convmae.data.loading import build_training_loader
+from convmae.data.sources import open_files
+from convmae.errors import UserError
+
+
+def photograph(seed, mode="RGB"):
+    """A smooth coloured picture with no symmetry."""
+    pixels = numpy.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=numpy.uint8)
+    return Image.fromarray(pixels).resize((90 + seed, 70), Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image, image_format="JPEG", **options):
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def rotated():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def broken():
+    """A JPEG that ends as it should and has an impossible marker in its midst."""
+    data = bytearray(encoded(photograph(9), quality=95))
+    data[len(data) // 2 : len(data) // 2 + 40] = b"\xff" * 40
+    return bytes(data)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Nine images of two classes: five plain JPEG files, and four others."""
+    files = [encoded(photograph(seed)) for seed in range(4)] + [
+        encoded(photograph(4, "L")),
+        encoded(photograph(5), "PNG"),
+        encoded(photograph(6), exif=rotated()),
+        encoded(photograph(7, "CMYK")),
+        encoded(photograph(8), "WEBP", lossless=True),
+    ]
+    for number, data in enumerate(files):
+        path = tmp_path / "train" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return open_labelled_images(tmp_path, "train")
+
+
+def both(source, in_channels=3, aug_repeats=1, num_workers=0):
+    """Pairs of batches, decoded by the loading process and by the device, and how many files the latter got.
+
+    They are those of the epochs that together see each image once.
+    """
+    crop = RandomCrop((32, 32), in_channels)
+    options = {"batch_size": len(source), "aug_repeats": aug_repeats, "seed": 3}
+    here = build_training_loader(source, crop, num_workers=num_workers, **options)
+    there = build_training_loader(
+        source, DeferredCrop(crop), collate_fn=collate_encoded, num_workers=num_workers, **options
+    )
+    decoder = DeviceDecoder(there.dataset, crop, torch.device("cpu"))
+    pairs = []
+    for epoch in range(aug_repeats):
+        here.set_position(epoch)
+        there.set_position(epoch)
+        for expected, found in zip(here, there, strict=True):
+            pairs.append((expected, decoder(found), len(found["encoded"])))
+    return pairs
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "aug_repeats", "num_workers"), [(3, 1, 0), (3, 1, 2), (3, 3, 0), (1, 1, 0), (1, 3, 2), (4, 3, 0)]
+)
+def test_the_device_makes_the_same_batches(source, in_channels, aug_repeats, num_workers):
+    pairs = both(source, in_channels, aug_repeats, num_workers)
+    assert len(pairs) == aug_repeats
+    assert sum(left_to_device for *_, left_to_device in pairs) == (5 if in_channels < 4 else 0)
+    for expected, result, _ in pairs:
+        assert result["images"].dtype == torch.uint8
+        assert result["images"].shape == expected["images"].shape == (9, in_channels, 32, 32)
+        assert torch.equal(result["labels"], expected["labels"])
+        assert result["failed"] == expected["failed"] == []
+        differences = (result["images"].float() - expected["images"]).abs()
+        assert differences.mean((1, 2, 3)).max() < 0.3
+        assert differences.max() <= 4
+
+
+def test_only_plain_files_travel_encoded(source):
+    deferred = DeferredCrop(RandomCrop((32, 32)))
+    left = []
+    for number in range(len(source)):
+        with source.open(number) as file:
+            left.append(isinstance(deferred(file, [0]), EncodedCrops))
+    kinds = [int(source.picture_name(number).rpartition("/")[2].removesuffix(".jpg")) < 5 for number in range(9)]
+    assert left == kinds
+
+
+@pytest.mark.parametrize("damage", ["broken", "truncated"])
+@pytest.mark.parametrize("aug_repeats", [1, 2])
+def test_damaged_files_are_replaced_and_reported_as_without(tmp_path, damage, aug_repeats):
+    for number in range(6):
+        data = encoded(photograph(number))
+        (tmp_path / f"{number}.jpg").write_bytes(data)
+    (tmp_path / "3.jpg").write_bytes(broken() if damage == "broken" else encoded(photograph(3))[:-100])
+    source = open_files("files", [str(tmp_path / f"{number}.jpg") for number in range(6)])
+    failed = []
+    for expected, result, _ in both(source, aug_repeats=aug_repeats):
+        assert result["failed"] == expected["failed"]
+        assert (result["images"].float() - expected["images"]).abs().mean() < 0.3
+        failed += result["failed"]
+    assert len(failed) == 1
+    assert "/3.jpg: " in failed[0]
+
+
+def test_a_batch_that_the_device_refuses_is_decoded_by_the_cpu(source, monkeypatch, caplog):
+    def refuse(*arguments, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", refuse)
+    pairs = both(source, aug_repeats=3)
+    assert sum(left_to_device for *_, left_to_device in pairs) == 5
+    for expected, result, _ in pairs:
+        assert torch.equal(result["images"], expected["images"])
+        assert torch.equal(result["labels"], expected["labels"])
+    assert caplog.text.count("the CPU does: out of memory") == 1
+
+
+def test_a_torchvision_without_decoders_is_refused(source, monkeypatch):
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    with pytest.raises(UserError, match="this torchvision decodes no JPEG files: leave --decode out"):
+        both(source)
+
+
+def test_nothing_but_broken_files_is_an_error(tmp_path):
+    (tmp_path / "0.jpg").write_bytes(broken())
+    source = open_files("files", [str(tmp_path / "0.jpg")])
+    with pytest.raises(UserError, match="files: 1 images in a row cannot be decoded"):
+        both(source)
