@@ -56,8 +56,8 @@ class TrainingImages(Dataset):
         """{"images": R of uint8 (C, H, W), "label": int, "key": key, "failed": of the damaged pictures it replaces}.
 
         "images" are what the transform returns, "failed" names and reasons. The index is taken modulo the length, the
-        label is 0 without classes. Raises UserError at the first damaged picture
-        unless skip_damaged, and where 50 in a row, of labelled ones all, are damaged.
+        label is 0 without classes. Raises UserError at the first damaged picture unless skip_damaged, and where 50 in a
+        row, of labelled ones all, are damaged.
         """
         epoch, index = key
         seeds = [mixed_seed(self.seed, epoch, index, view) for view in range(self.aug_repeats)]
