@@ -126,7 +126,7 @@ def bench(
         torch.set_float32_matmul_precision("high")  # as in training
     compiled = compile == "yes" or (compile == "auto" and place.type == "cuda")
     torch.manual_seed(0)
-    contenders = _contenders(task, model, image_size)
+    contenders = make_contenders(task, model, image_size)
     macs = count_steps(task, model, image_size)
     images = torch.randint(0, 256, (batch_size, 3, image_size, image_size), dtype=torch.uint8, device=place)
     start = {c.name: {key: value.clone() for key, value in c.model.state_dict().items()} for c in contenders}
@@ -158,11 +158,11 @@ def count_steps(task: Literal["pretrain", "finetune"], model: str, image_size: i
     """Multiply-accumulates of one image's forward in each way, by the names of `StepFigures`."""
     with torch.device("meta"):
         image = torch.empty(1, 3, image_size, image_size, dtype=torch.uint8)
-        contenders = _contenders(task, model, image_size)
+        contenders = make_contenders(task, model, image_size)
         return {name: count_macs(partial(loss_of, image, None)) for name, _, loss_of, _ in contenders}
 
 
-def _contenders(task: str, model: str, image_size: int) -> list[Contender]:
+def make_contenders(task: str, model: str, image_size: int) -> list[Contender]:
     """The published formulation first, ours last; both with the same weights."""
     contenders = _autoencoders(model, image_size) if task == "pretrain" else _classifiers(model, image_size)
     contenders[0].model.load_state_dict(weights.to_published(contenders[-1].model.state_dict()))
@@ -212,7 +212,7 @@ def _compare(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     peak = matrix_product_peak(device, dtype)
     losses = {c.name: _loss_under_one_mask(c, images, precision) for c in contenders}
-    steps = {c.name: _step(c, precision, compiled) for c in contenders}
+    steps = {c.name: make_step(c, precision, compiled) for c in contenders}
     memory = PeakMemory(device)
     peaks: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -262,7 +262,7 @@ def _loss_under_one_mask(contender: Contender, images: Tensor, precision: str) -
         return contender.loss_of(images, visible).item()
 
 
-def _step(contender: Contender, precision: str, compiled: bool) -> Callable[[Tensor], None]:
+def make_step(contender: Contender, precision: str, compiled: bool) -> Callable[[Tensor], None]:
     """A training step, which draws masks of its own as training does: to look at a given one the host would wait."""
     optimizer = build_optimizer(contender.model, OptimizerOptions(), batch_size=256)
     loss_of: Any = contender.loss_of
@@ -286,7 +286,7 @@ def _largest_batch(
     for other in contenders:
         other.model.to("cpu")
     contender.model.to(images.device)
-    step = _step(contender, precision, compiled)
+    step = make_step(contender, precision, compiled)
 
     def fits(batch: int) -> bool:
         gc.collect()

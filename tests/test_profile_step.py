@@ -1,0 +1,52 @@
+"""The script that says where a step's time goes: each operation under its kind."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from convmae.masking import random_visible
+from convmae.ops.masked_depthwise import masked_depthwise
+from convmae.packing import Packing
+
+MAPS = torch.randn(2, 16, 16, 16)
+KERNEL, POINT = torch.randn(16, 1, 5, 5), torch.randn(16, 16, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def script():
+    """What benchmarks/profile_step.py defines."""
+    return runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "profile_step.py"))
+
+
+def packed(x):
+    packing = Packing.of(random_visible(2, (4, 4), 0.5))
+    masked_depthwise(x.view(2, 8, 2, 2, 128), torch.randn(128, 1, 5, 5), torch.zeros(128), packing)
+
+
+@pytest.mark.parametrize(
+    ("compute", "kind"),
+    [
+        (lambda x: functional.conv2d(x, KERNEL, padding=2, groups=16), "depthwise convolution"),
+        (packed, "depthwise convolution"),
+        (lambda x: functional.conv2d(x, POINT), "matrix products"),
+        (lambda x: x.view(-1, 256) @ x.view(256, -1), "matrix products"),
+        (lambda x: functional.scaled_dot_product_attention(x, x, x), "attention"),
+        (lambda x: functional.layer_norm(x, (16,)), "LayerNorm"),
+        (functional.gelu, "GELU"),
+        (lambda x: x.to(torch.bfloat16), "copies and casts"),
+        (torch.sin, "other"),
+    ],
+)
+def test_most_of_a_computation_s_time_is_of_its_kind(script, compute, kind):
+    with torch.no_grad():
+        seconds = script["seconds_by_kind"](compute, MAPS, steps=20)
+    assert max(seconds, key=seconds.get) == kind
+
+
+def test_a_whole_step_has_every_kind(script, capsys):
+    script["main"]("tiny", image_size=64, batch_size=2, steps=1)
+    printed = capsys.readouterr().out
+    assert all(kind in printed for kind in (*script["KINDS"], "other"))
