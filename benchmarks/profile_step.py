@@ -3,11 +3,11 @@
     python benchmarks/profile_step.py [--model base] [--batch_size 16] [--precision bf16] [--compile true]
 
 torch's profiler tells the time that each operation took itself: on a GPU that of its kernels, on a CPU that of the
-processor. What a kind holds is in KINDS; compiled kernels that fuse several kinds are listed by name.
+processor. What a kind holds is in KINDS. Compiled kernels may fuse several kinds and are listed by name.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
@@ -42,10 +43,12 @@ def kind_of(event: FunctionEvent) -> str:
             return "depthwise convolution"
         names.append(caller.name)
         caller = caller.cpu_parent
+    if names[0].startswith("triton_") and not any("Optimizer.step" in name for name in names):
+        return f"fused: {names[0]}"
     for kind, parts in KINDS.items():
         if any(part in name for name in names for part in parts):
             return kind
-    return f"fused: {names[0]}" if names[0].startswith("triton_") else "other"
+    return "other"
 
 
 def seconds_by_kind(step: Callable[[Tensor], object], images: Tensor, steps: int) -> dict[str, float]:
@@ -57,10 +60,16 @@ def seconds_by_kind(step: Callable[[Tensor], object], images: Tensor, steps: int
         for _ in range(steps):
             step(images)
         wait_for(images.device)
+    return {kind: time / steps for kind, time in sum_by_kind(profiled.events(), images.is_cuda).items()}
+
+
+def sum_by_kind(events: Iterable[FunctionEvent], on_gpu: bool) -> dict[str, float]:
+    """Seconds of each kind. Operations know the time of their kernels, which are listed once more by themselves."""
     seconds: Counter[str] = Counter()
-    for event in profiled.events():
-        own = event.self_device_time_total if images.is_cuda else event.self_cpu_time_total
-        seconds[kind_of(event)] += own / 1e6 / steps
+    for event in events:
+        if event.device_type == DeviceType.CPU:
+            own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            seconds[kind_of(event)] += own / 1e6
     return dict(seconds)
 
 
@@ -87,6 +96,7 @@ def main(
         steps: steps to profile, after two that warm up.
     """
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")  # as in training
     images = torch.randint(0, 256, (batch_size, 3, image_size, image_size), dtype=torch.uint8, device=device)
     found = {}
     contenders = make_contenders(task, model, image_size)

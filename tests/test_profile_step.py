@@ -2,15 +2,18 @@
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from torch.nn import functional
 
 from convmae.masking import random_visible
 from convmae.ops.masked_depthwise import masked_depthwise
 from convmae.packing import Packing
 
+PACKING = Packing.of(random_visible(2, (4, 4), 0.5))
 MAPS = torch.randn(2, 16, 16, 16)
 KERNEL, POINT = torch.randn(16, 1, 5, 5), torch.randn(16, 16, 1, 1)
 
@@ -22,8 +25,7 @@ def script():
 
 
 def packed(x):
-    packing = Packing.of(random_visible(2, (4, 4), 0.5))
-    masked_depthwise(x.view(2, 8, 2, 2, 128), torch.randn(128, 1, 5, 5), torch.zeros(128), packing)
+    masked_depthwise(x.view(2, 8, 2, 2, 128), torch.randn(128, 1, 5, 5), torch.zeros(128), PACKING)
 
 
 @pytest.mark.parametrize(
@@ -50,3 +52,29 @@ def test_a_whole_step_has_every_kind(script, capsys):
     script["main"]("tiny", image_size=64, batch_size=2, steps=1)
     printed = capsys.readouterr().out
     assert all(kind in printed for kind in (*script["KINDS"], "other"))
+
+
+def test_a_gpu_s_kernels_are_counted_once_and_by_the_operation_that_started_them(script):
+    def event(name, microseconds, device, caller=None):
+        return SimpleNamespace(
+            name=name,
+            self_device_time_total=microseconds,
+            self_cpu_time_total=7,
+            device_type=device,
+            cpu_parent=caller,
+            input_shapes=[],
+        )
+
+    on_cpu, on_gpu = DeviceType.CPU, DeviceType.CUDA
+    adamw = event("Optimizer.step#AdamW.step", 0, on_cpu)
+    events = [
+        event("aten::gelu", 3e6, on_cpu),
+        event("void at::native::vectorized_elementwise_kernel", 3e6, on_gpu),
+        event("triton_poi_fused_add_gelu_native_layer_norm_3", 2e6, on_cpu),
+        event("triton_poi_fused_add_gelu_native_layer_norm_3", 2e6, on_gpu),
+        adamw,
+        event("Optimizer.step#AdamW.step", 5e6, on_gpu),
+        event("aten::mul_", 1e6, on_cpu, adamw),
+    ]
+    seconds = script["sum_by_kind"](events, on_gpu=True)
+    assert seconds == {"GELU": 3, "fused: triton_poi_fused_add_gelu_native_layer_norm_3": 2, "AdamW": 1}

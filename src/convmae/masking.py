@@ -67,8 +67,11 @@ def complementary_visible(
 def _random_order(
     batch: int, tokens: int, generator: torch.Generator | None, device: torch.device | str | None
 ) -> Tensor:
-    source = generator.device if generator is not None else device
-    return torch.rand(batch, tokens, generator=generator, device=source).to(device).argsort(dim=1)
+    if generator is None:  # apart, for torch.compile knows no generator, not even None, where sizes vary
+        numbers = torch.rand(batch, tokens, device=device)
+    else:
+        numbers = torch.rand(batch, tokens, generator=generator, device=generator.device).to(device)
+    return numbers.argsort(dim=1)
 
 
 def _visible_where(index: Tensor, grid: Grid) -> Tensor:

@@ -1,9 +1,10 @@
 import json
 
 import pytest
+import torch
 
 from convmae import UserError
-from convmae.commands.bench import bench, count_steps
+from convmae.commands.bench import bench, count_steps, make_contenders, search_largest_batch
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
@@ -42,6 +43,37 @@ def test_the_arithmetic_of_base_is_the_known_one():
     spared_by_mae = spared + (85 + 25) * 1e6 / 1e9 + 147 * 768**2 / 1e9
     expected = {"published": 17.2, "ours": 11.2 - spared, "MAE, plain ViT": 9.8 - spared_by_mae}
     assert counted == {name: pytest.approx(value, abs=0.04) for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_a_contender_needs_nothing_but_its_own_model(task):
+    """The search for the largest batch leaves the others on another device."""
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    for contender in make_contenders(task, "tiny", 64):
+        contender.model.to("meta")
+        assert contender.loss_of(images.to("meta"), None).shape == ()
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, RuntimeError])
+def test_the_largest_batch_is_the_last_before_memory_ends(error):
+    contenders, tried = make_contenders("pretrain", "tiny", 32), []
+
+    def loss_of(images, visible):
+        tried.append(len(images))
+        if len(images) > 7:
+            raise error("CUDA out of memory")
+        return contenders[-1].loss_of(images, visible)
+
+    limited = contenders[-1]._replace(loss_of=loss_of)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    assert search_largest_batch(limited, contenders, images, "float32", compiled=False) == 7
+    assert tried == [2, 4, 8, 6, 7]
+
+    def broken(images, visible):
+        raise RuntimeError("not that")
+
+    with pytest.raises(RuntimeError, match="not that"):
+        search_largest_batch(limited._replace(loss_of=broken), contenders, images, "float32", compiled=False)
 
 
 @pytest.mark.parametrize(

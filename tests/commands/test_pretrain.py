@@ -247,6 +247,7 @@ def _poisoned(tmp_path):
         ({"mask_ratio": 0.0}, r"outside \(0, 1\)"),
         ({"epochs": 0}, "at least 1"),
         ({"batch_size": 5, "accumulate": 2}, "choose a multiple of 2"),
+        ({"decode": "gpu", "in_channels": 4}, "a GPU decodes no RGBA: leave --decode out"),
         ({"decode": "gpu"}, "--decode gpu needs a CUDA device, this run is on cpu: leave it out"),
         ({"decode": "tpu"}, "decode cannot be 'tpu': choose one of cpu, gpu"),
         ({"aug_repeats": 3}, "4 images a pass and process are no multiple of aug_repeats 3"),

@@ -251,6 +251,19 @@ def test_torch_compile_finds_no_graph_break():
             torch.testing.assert_close(loss, model(images).loss)
 
 
+def test_torch_compile_takes_batches_of_any_size():
+    torch.compiler.reset()
+    model = small()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3, 5):
+        images = torch.randn(batch, 3, 64, 64)
+        torch.manual_seed(3)
+        loss = compiled(images, masked_only=True).loss
+        loss.backward()
+        torch.manual_seed(3)
+        torch.testing.assert_close(loss, model(images).loss)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -30,7 +30,7 @@ class Info:
     parameters: dict[str, int]
     """Of each part, of the encoder, of the whole autoencoder, and of a classifier with 1000 classes."""
     gmac_visible: dict[str, float]
-    """Of each part and in total, computing only visible cells: what pretraining does."""
+    """Of each part and in total, computing only visible cells; training spares some of the decoder, too."""
     gmac_dense: dict[str, float]
     """The same with dense convolution stages: the published formulation."""
     ratios: dict[str, float]
@@ -140,7 +140,7 @@ def _activation_bytes(model: ConvMAE) -> int:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(_images(model))
+        output = model(_images(model), masked_only=True)
     del output
     return sum(storage.nbytes() for storage in kept.values())
 

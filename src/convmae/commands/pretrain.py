@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from convmae.data.loading import TrainingImages, build_training_loader
 from convmae.data.sampler import mixed_seed
 from convmae.data.sources import ImageCollection, ImageStream, open_images
 from convmae.errors import UserError
-from convmae.models.autoencoder import ConvMAE, Reconstruction
+from convmae.models.autoencoder import ConvMAE
 from convmae.models.registry import create_autoencoder, fill
 from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions, loader_workers, start_engine
@@ -106,7 +106,8 @@ def pretrain(
         crop_scale: smallest and largest share of an image's area in a random crop.
         aug_repeats: crops taken of each image that is decoded, all in one batch (repeated augmentation); an epoch stays
             as many crops as there are images, and so takes one in aug_repeats of them.
-        decode: gpu to decode plain JPEG files on the GPU, which frees the cores; not of shards and streams.
+        decode: gpu to decode plain JPEG files on a GPU with a JPEG engine (A100 and later), which frees the cores; not
+            of shards and streams.
         split: split of a Hugging Face data set.
         weights: start from the weights of this file or run, ours or published.
         resume: go on from the newest checkpoint in output, if there is one.
@@ -153,7 +154,7 @@ def pretrain(
     source = open_images(data, split)
 
     fabric = start_engine(engine)
-    on_device = _decodes_on_device(decode, source, fabric.device)
+    on_device = _decodes_on_device(decode, source, in_channels, fabric.device)
     crop = RandomCrop(size, in_channels, crop_scale)
     batch_of_a_pass = divide_batch(batch_size, fabric.world_size, accumulate)
     loader = build_training_loader(
@@ -173,7 +174,7 @@ def pretrain(
         raise UserError(f"{data} has too few images for a batch of {batch_size}: lower --batch-size")
     adamw = build_optimizer(network, optimizer, batch_size)
     schedule = build_schedule(adamw, optimizer, epochs, steps_per_epoch)
-    trained: nn.Module = MaskedTokensOnly(network)
+    trained: nn.Module = SelfSupervised(network)
     if compile:
         trained = cast(nn.Module, torch.compile(trained))
     wrapped, wrapped_optimizer = fabric.setup(trained, adamw)
@@ -194,7 +195,7 @@ def pretrain(
             batch = found if decoder is None else decoder(found)
             failures.record(len(batch["images"]) // aug_repeats, batch["failed"])
             if not examples:  # of a stream
-                examples.extend(batch["images"][::aug_repeats][:_EXAMPLES])
+                examples.extend(batch["images"][::aug_repeats][:_EXAMPLES].clone())  # the batch itself may go
             yield batch["images"].to(fabric.device, non_blocking=True)
 
     def after_epoch(epoch: int) -> None:
@@ -236,15 +237,21 @@ def pretrain(
     return _finish(log, checkpoints, output, picture, position, time.monotonic() - began)
 
 
-class MaskedTokensOnly(nn.Module):
-    """A ConvMAE that predicts what its loss needs, nothing more: images (B, C, H, W) -> Reconstruction."""
+class SelfSupervision(NamedTuple):
+    """What a step of self-supervised training returns."""
+
+    loss: Tensor
+
+
+class SelfSupervised(nn.Module):
+    """A ConvMAE that computes what its loss needs, nothing more: images (B, C, H, W) -> loss."""
 
     def __init__(self, network: ConvMAE) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> Reconstruction:
-        return self.network(images, masked_only=True)
+    def forward(self, images: Tensor) -> SelfSupervision:
+        return SelfSupervision(self.network(images, masked_only=True).loss)
 
 
 def _restore(
@@ -301,11 +308,15 @@ def _draw(network: ConvMAE, images: Tensor, path: Path) -> None:
     network.train()
 
 
-def _decodes_on_device(decode: str, source: ImageCollection | ImageStream, device: torch.device) -> bool:
+def _decodes_on_device(
+    decode: str, source: ImageCollection | ImageStream, in_channels: int, device: torch.device
+) -> bool:
     """Whether the device decodes; raises UserError where it cannot."""
     check_choice("decode", decode, ("cpu", "gpu"))
     if decode == "gpu" and isinstance(source, ImageStream):
         raise UserError(f"{source.name} is a stream, which only the CPU decodes: leave --decode out")
+    if decode == "gpu" and in_channels == 4:
+        raise UserError("a GPU decodes no RGBA: leave --decode out, or use --in-channels 3")
     if decode == "gpu" and device.type != "cuda":
         raise UserError(f"--decode gpu needs a CUDA device, this run is on {device.type}: leave it out")
     return decode == "gpu"

@@ -1,8 +1,8 @@
 """JPEG files decoded on the device: the loading processes only read them and draw the crops.
 
-Plain JPEG files (8 bits, grey or RGB, upright) travel encoded and are decoded a batch at a time, by nvJPEG on a GPU.
-Everything else is decoded where it is read, as without this module. D samples decoded there, R views of a picture,
-B batch, C channels, H height, W width.
+Plain JPEG files (8 bits, grey or RGB, upright, not progressive) travel encoded and are decoded a batch at a time, by
+nvJPEG on a GPU. Everything else is decoded where it is read, as without this module. D samples decoded there, R views of
+a picture, B batch, C channels, H height, W width.
 """
 
 import io
@@ -33,7 +33,7 @@ class EncodedCrops(NamedTuple):
 
 
 class DeferredCrop:
-    """RandomCrop that leaves plain JPEG files to the device."""
+    """RandomCrop that leaves plain JPEG files to the device; for grey or RGB, since it knows no alpha."""
 
     def __init__(self, crop: RandomCrop) -> None:
         self.crop = crop
@@ -44,7 +44,9 @@ class DeferredCrop:
             encoded = file.read()
             with Image.open(io.BytesIO(encoded)) as image:
                 complete = encoded.endswith(_END_OF_IMAGE)  # a device may not notice
-                if complete and self.crop.in_channels in _READ_MODES and is_plain_jpeg(image):
+                # A GPU has no engine for progressive files: the training process would do much of the work.
+                baseline = not image.info.get("progressive")
+                if complete and baseline and is_plain_jpeg(image):
                     return EncodedCrops(encoded, [self.crop.draw(image.height, image.width, seed) for seed in seeds])
         return self.crop(io.BytesIO(encoded), seeds)
 
@@ -53,7 +55,7 @@ def collate_encoded(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Samples of TrainingImages with DeferredCrop -> what DeviceDecoder takes.
 
     {"encoded": their places in the batch, keys and EncodedCrops, "images": uint8 (D*R, C, H, W) of the others,
-    "labels": of all as many as samples, "failed": list}
+    "samples": how many these are together, "failed": list}
     """
     decoded = [sample for sample in samples if not isinstance(sample["images"], EncodedCrops)]
     return {
@@ -64,59 +66,89 @@ def collate_encoded(samples: list[dict[str, Any]]) -> dict[str, Any]:
             if isinstance(sample["images"], EncodedCrops)
         ],
         "images": collate(decoded)["images"] if decoded else torch.empty(0, dtype=torch.uint8),
-        "labels": [sample["label"] for sample in samples],
+        "samples": len(samples),
         "failed": [failure for sample in samples for failure in sample["failed"]],
     }
 
 
 class DeviceDecoder:
-    """Batches of collate_encoded -> those of build_training_loader without it, on the device."""
+    """Batches of collate_encoded -> those of build_training_loader without it, less the labels, on the device."""
 
     def __init__(self, images: TrainingImages, crop: RandomCrop, device: torch.device) -> None:
         """images: the loader's data set; crop: what its DeferredCrop defers. Raises UserError where nothing decodes."""
-        if not hasattr(torchvision_io, "decode_jpeg"):  # deprecated since 0.29, to be removed some day
-            raise UserError("this torchvision decodes no JPEG files: leave --decode out, or install torchvision 0.29")
         self._crop, self._device, self._repeats = crop, device, images.aug_repeats
         # Takes over where the device cannot decode.
         self._images = TrainingImages(images.source, crop, images.seed, images.skip_damaged, images.aug_repeats)
         self._warned = False
+        if not hasattr(torchvision_io, "decode_jpeg"):  # deprecated since 0.29, to be removed some day
+            raise UserError("this torchvision decodes no JPEG files: leave --decode out, or install torchvision 0.29")
+        sample = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(sample, "JPEG")
+        try:
+            self._decode([sample.getvalue()])
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{device} decodes no JPEG files, leave --decode out: {reason}") from error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """{"images": uint8 (B, C, H, W) on the device, "labels": int64 (B,), "failed": list}.
+        """{"images": uint8 (B, C, H, W) on the device, "failed": list}.
 
         Raises UserError where a file that the device does not decode is one too many, as TrainingImages does.
         """
-        labels, failed = list(batch["labels"]), list(batch["failed"])
+        failed = list(batch["failed"])
         views: dict[int, list[Tensor]] = {}
-        try:
-            pictures = self._decode([found.encoded for _, _, found in batch["encoded"]])
-            for (place, _, found), pixels in zip(batch["encoded"], pictures, strict=True):
-                views[place] = [self._resized(pixels, crop) for crop in found.crops]
-        except RuntimeError as error:  # which of the files is to blame it does not tell
-            if not self._warned:
-                _logger.warning("the device does not decode a batch of JPEG files, the CPU does: %s", error)
-            self._warned = True
-            for place, key, _ in batch["encoded"]:
+        encoded = batch["encoded"]
+        pictures = self._decode_each([found.encoded for _, _, found in encoded])
+        for (place, key, found), pixels in zip(encoded, pictures, strict=True):
+            resized = None if pixels is None else self._views(pixels, found.crops)
+            if resized is None:
                 sample = self._images[key]
-                views[place] = [image.to(self._device) for image in sample["images"]]
-                labels[place] = sample["label"]
+                resized = [image.to(self._device) for image in sample["images"]]
                 failed += sample["failed"]
+            views[place] = resized
         others = iter(batch["images"].to(self._device, non_blocking=True))
-        for place in range(len(labels)):
+        for place in range(batch["samples"]):
             if place not in views:
                 views[place] = [next(others) for _ in range(self._repeats)]
-        return {
-            "images": torch.stack([image for place in range(len(labels)) for image in views[place]]),
-            "labels": torch.tensor(labels).repeat_interleave(self._repeats),
-            "failed": failed,
-        }
+        images = torch.stack([image for place in range(batch["samples"]) for image in views[place]])
+        return {"images": images, "failed": failed}
 
-    def _decode(self, files: list[bytes]) -> list[Tensor]:
-        """JPEG files -> uint8 (C, h, w) each, on the device."""
+    def _decode_each(self, files: list[bytes]) -> list[Tensor | None]:
+        """What `_decode` gives, None for each file that the device refuses."""
         if not files:
             return []
+        try:
+            return list(self._decode(files))
+        except RuntimeError as error:  # which of the files is to blame it does not tell
+            self._warn(error)
+        pictures: list[Tensor | None] = []
+        for file in files:
+            try:
+                pictures += self._decode([file])
+            except RuntimeError:
+                pictures.append(None)
+        return pictures
+
+    def _decode(self, files: list[bytes]) -> list[Tensor]:
+        """JPEG files -> uint8 (C, h, w) each, on the device; raises RuntimeError where it refuses one."""
+        if self._device.type == "cuda":
+            # torchvision decodes on a stream of its own, into memory that the step before may still be using.
+            torch.cuda.current_stream(self._device).synchronize()
         encoded = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
         return torchvision_io.decode_jpeg(encoded, _READ_MODES[self._crop.in_channels], device=self._device)
+
+    def _views(self, pixels: Tensor, crops: list[Crop]) -> list[Tensor] | None:
+        """A picture (C, h, w) -> its crops, None where the device refuses: it knows a largest reduction."""
+        try:
+            return [self._resized(pixels, crop) for crop in crops]
+        except RuntimeError as error:
+            self._warn(error)
+            return None
+
+    def _warn(self, error: RuntimeError) -> None:
+        if not self._warned:
+            _logger.warning("the CPU decodes the JPEG files that the device refuses: %s", error)
+        self._warned = True
 
     def _resized(self, pixels: Tensor, crop: Crop) -> Tensor:
         """A picture (C, h, w) -> its crop, uint8 (C, H, W)."""

@@ -63,6 +63,8 @@ def _computes_on_gpu(x: Tensor) -> bool:
 
 
 # The operator: `index` and `slots` are a Packing's, or None for a dense map, all of whose cells are visible.
+# torch keeps compiled graphs on disk and finds them by the forward alone: once released, another backward needs another
+# name for the operator.
 
 
 @torch.library.custom_op("convmae::masked_depthwise", mutates_args=())

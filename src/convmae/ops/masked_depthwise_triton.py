@@ -5,6 +5,9 @@ cell is a token of its own (K = H*W, s = 1) and stands where it is. Products are
 imports triton. Shape letters as in `convmae.packing`; k is the kernel size.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,10 +17,21 @@ from triton import knobs
 from convmae.errors import UserError
 from convmae.packing import Packing
 
-_ROWS, _CHANNELS = 32, 64  # of the output that one program computes
-_GRADIENT_ROWS = 512  # whose products one program of the weight's gradient sums
+_PART_ROWS = 512  # whose products one program of the parameters' gradients sums
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTERPRETED = bool(knobs.runtime.interpret)  # TRITON_INTERPRET=1: the kernels below run on a CPU, slowly
+
+
+def _tuned(*blocks: tuple[int, int, int]) -> Callable[[Any], Any]:
+    """Each GPU takes the fastest of these (rows, channels, warps) for a kind of map, at its first call.
+
+    What it found is kept on disk, as compiled kernels are. The interpreter takes the first.
+    """
+    configs = [
+        triton.Config({"ROWS": rows, "CHANNELS": channels}, num_warps=warps)
+        for rows, channels, warps in blocks[: 1 if _INTERPRETED else None]
+    ]
+    return triton.autotune(configs, key=["channels", "SIZE", "SIDE", "PACKED"], cache_results=True)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing | None) -> Tensor:
@@ -28,10 +42,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing | 
     rows = x.numel() // channels
     taps = weight.view(channels, -1).t().contiguous()  # (C, 1, k, k) -> (k*k, C)
     with torch.cuda.device_of(x):  # Triton launches on the current GPU
-        _convolve[triton.cdiv(rows, _ROWS), triton.cdiv(channels, _CHANNELS)](
+        _convolve[lambda block: (triton.cdiv(rows, block["ROWS"]), triton.cdiv(channels, block["CHANNELS"]))](
             x, taps, bias, y, *_layout(x, packing), rows, channels,
             SIZE=size, SIDE=_side(x, packing), PACKED=packing is not None, BIAS=bias is not None,
-            ROWS=_ROWS, CHANNELS=_CHANNELS,
         )  # fmt: skip
     return y
 
@@ -45,16 +58,14 @@ def parameter_gradients(x: Tensor, gradient: Tensor, size: int, packing: Packing
     x, gradient = _checked(x), gradient.contiguous()
     channels = x.shape[-1]
     rows = x.numel() // channels
-    parts = triton.cdiv(rows, _GRADIENT_ROWS)
+    parts = triton.cdiv(rows, _PART_ROWS)
     # Each program writes its own sums: added up afterwards they come out the same every time, as atomics would not.
     sums = torch.empty(parts, size * size + 1, channels, device=x.device, dtype=torch.float32)
-    taps = triton.next_power_of_2(size)
-    at_once = max(128 // taps, 8)
     with torch.cuda.device_of(x):
-        _parameter_gradients[size, triton.cdiv(channels, _CHANNELS), parts](
+        _parameter_gradients[lambda block: (size, triton.cdiv(channels, block["CHANNELS"]), parts)](
             x, gradient, sums, *_layout(x, packing), rows, channels,
             SIZE=size, SIDE=_side(x, packing), PACKED=packing is not None,
-            TAPS=taps, ROWS=at_once, BLOCKS=_GRADIENT_ROWS // at_once, CHANNELS=_CHANNELS,
+            TAPS=triton.next_power_of_2(size), PART_ROWS=_PART_ROWS,
         )  # fmt: skip
     of_weight, of_bias = sums.sum(0).to(x.dtype).split([size * size, 1])
     return of_weight.t().reshape(channels, 1, size, size).contiguous(), of_bias[0].clone()
@@ -100,6 +111,7 @@ def _rows_at(image, y, x, known, slots, tokens, height, width, SIDE: tl.constexp
     return row.to(tl.int64), visible  # times the channels it may exceed 32 bits
 
 
+@_tuned((32, 64, 4), (16, 64, 4), (64, 64, 4), (16, 128, 4), (32, 128, 4), (64, 128, 8))
 @triton.jit
 def _convolve(
     x, taps, bias, y, index, slots, tokens, height, width, rows, channels,
@@ -128,15 +140,16 @@ def _convolve(
     tl.store(y + place, total.to(y.dtype.element_ty), mask=known[:, None] & exists[None, :])
 
 
+@_tuned((16, 64, 4), (8, 64, 4), (8, 128, 8), (16, 64, 8), (16, 32, 4), (32, 32, 4))
 @triton.jit
 def _parameter_gradients(
     x, gradient, sums, index, slots, tokens, height, width, rows, channels,
     SIZE: tl.constexpr, SIDE: tl.constexpr, PACKED: tl.constexpr,
-    TAPS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr, PART_ROWS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """x and gradient (R, C) -> sums (parts, k*k + 1, C), the bias last.
 
-    A program sums one row of taps over BLOCKS * ROWS rows, the first one the bias, too.
+    A program sums one row of taps over PART_ROWS rows, ROWS at a time; the first one the bias, too.
     """
     i, part = tl.program_id(0), tl.program_id(2)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -144,8 +157,8 @@ def _parameter_gradients(
     exists = channel < channels
     total = tl.zeros((TAPS, ROWS, CHANNELS), tl.float32)
     alone = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for block in range(BLOCKS):
-        row = (part * BLOCKS + block) * ROWS + tl.arange(0, ROWS)
+    for first in range(0, PART_ROWS, ROWS):
+        row = part * PART_ROWS + first + tl.arange(0, ROWS)
         known = row < rows
         image, top, left = _places(row, known, index, tokens, width, SIDE, PACKED)
         source, visible = _rows_at(
