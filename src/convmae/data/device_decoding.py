@@ -1,8 +1,8 @@
 """JPEG files decoded on the device: the loading processes only read them and draw the crops.
 
 Plain JPEG files (8 bits, grey or RGB, upright, not progressive) travel encoded and are decoded a batch at a time, by
-nvJPEG on a GPU. Everything else is decoded where it is read, as without this module. D samples decoded there, R views of
-a picture, B batch, C channels, H height, W width.
+nvJPEG on a GPU. Everything else is decoded where it is read, as without this module. D samples decoded there, R views
+of a picture, B batch, C channels, H height, W width.
 """
 
 import io
