@@ -20,7 +20,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from convmae.benchmarks.arithmetic import wait_for
-from convmae.commands.bench import make_contenders, make_step
+from convmae.benchmarks.contenders import make_contenders, make_step
 
 # The kind of an operation is that of the first part of a name here that it, or an operation that called it, contains.
 KINDS = {

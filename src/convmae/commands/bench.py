@@ -5,31 +5,31 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from convmae import weights
-from convmae.benchmarks.arithmetic import count_macs, matrix_product_peak, wait_for
+from convmae.benchmarks.arithmetic import matrix_product_peak, wait_for
+from convmae.benchmarks.contenders import (
+    OURS,
+    PUBLISHED,
+    VIT,
+    Contender,
+    autocast,
+    count_steps,
+    make_contenders,
+    make_step,
+)
 from convmae.benchmarks.memory import PeakMemory, largest_fitting
-from convmae.benchmarks.published import PublishedClassifier, PublishedConvMAE
-from convmae.benchmarks.vit import MaskedViT
 from convmae.errors import UserError
 from convmae.masking import random_visible
-from convmae.models.encoder import Normalize
-from convmae.models.registry import create_autoencoder, create_classifier
-from convmae.training.optimizer import OptimizerOptions, build_optimizer
 
-_OURS, _PUBLISHED, _VIT = "ours", "published", "MAE, plain ViT"
 _IMAGENET, _EPOCHS = 1_281_167, 1600  # training images, and epochs of the paper's longest run
 
 
@@ -74,15 +74,6 @@ class BenchResult:
     """Our time over that of MAE with a plain ViT in the same round; None for fine-tuning."""
     largest_batches: dict[str, int] | None = None
     """Images of the largest step of each that fits on the device, where it was asked for."""
-
-
-class Contender(NamedTuple):
-    """A model and its loss for uint8 images (B, 3, H, W), under a given mask (B, H/16, W/16) or one of its own."""
-
-    name: str
-    model: nn.Module
-    loss_of: Callable[[Tensor, Tensor | None], Tensor]
-    compiles: bool
 
 
 def bench(
@@ -162,61 +153,6 @@ def bench(
     return results
 
 
-def count_steps(task: Literal["pretrain", "finetune"], model: str, image_size: int) -> dict[str, int]:
-    """Multiply-accumulates of one image's forward in each way, by the names of `StepFigures`."""
-    with torch.device("meta"):
-        image = torch.empty(1, 3, image_size, image_size, dtype=torch.uint8)
-        contenders = make_contenders(task, model, image_size)
-        return {name: count_macs(partial(loss_of, image, None)) for name, _, loss_of, _ in contenders}
-
-
-def make_contenders(task: str, model: str, image_size: int) -> list[Contender]:
-    """The published formulation first, ours last; both with the same weights."""
-    return _autoencoders(model, image_size) if task == "pretrain" else _classifiers(model, image_size)
-
-
-class _Normalized(nn.Module):
-    """The published formulation with ours' weights, on uint8 images: it takes normalised ones."""
-
-    def __init__(self, published: nn.Module, ours: nn.Module) -> None:
-        super().__init__()
-        published.load_state_dict(weights.to_published(ours.state_dict()))
-        self.normalize, self.published = Normalize(3), published
-
-    def forward(self, images: Tensor, *others: Tensor | None) -> Any:
-        return self.published(self.normalize(images), *others)
-
-
-def _autoencoders(model: str, image_size: int) -> list[Contender]:
-    ours = create_autoencoder(model, image_size=image_size)
-    settings = ours.settings
-    widths, depths, heads = settings["widths"], settings["depths"], settings["num_heads"]
-    decoder = {name: settings[name] for name in ("decoder_width", "decoder_depth", "decoder_num_heads")}
-    published = _Normalized(
-        PublishedConvMAE(image_size=image_size, widths=widths, depths=depths, num_heads=heads, **decoder), ours
-    )
-    vit = MaskedViT((image_size, image_size), widths[2], depths[2] + 1, heads, **decoder)
-    return [
-        Contender(_PUBLISHED, published, lambda x, visible: published(x, visible)[0], False),
-        Contender(_VIT, vit, vit, True),
-        Contender(_OURS, ours, lambda x, visible: ours(x, visible, masked_only=True).loss, True),
-    ]
-
-
-def _classifiers(model: str, image_size: int) -> list[Contender]:
-    ours = create_classifier(model, image_size=image_size)
-    settings = {name: ours.settings[name] for name in ("widths", "depths", "num_heads", "num_classes")}
-    published = _Normalized(PublishedClassifier(image_size=image_size, **settings), ours)
-
-    def labels(x: Tensor) -> Tensor:
-        return torch.arange(x.shape[0], device=x.device) % ours.num_classes
-
-    return [
-        Contender(_PUBLISHED, published, lambda x, _: cross_entropy(published(x), labels(x)), False),
-        Contender(_OURS, ours, lambda x, _: cross_entropy(ours(x), labels(x)), True),
-    ]
-
-
 def _compare(
     contenders: list[Contender],
     images: Tensor,
@@ -254,7 +190,7 @@ def _compare(
             c.name,
             _spread([batch / s for s in seconds[c.name]]),
             1e3 * statistics.median(seconds[c.name]),
-            _ratio(seconds[_PUBLISHED], seconds[c.name]),
+            _ratio(seconds[PUBLISHED], seconds[c.name]),
             macs[c.name] / 1e9,
             3 * macs[c.name] * batch / statistics.median(seconds[c.name]) / peak,
             (peaks[c.name] + _state_bytes(c.model)) / 2**30,
@@ -262,12 +198,8 @@ def _compare(
         )
         for c in contenders
     ]
-    over_vit = _ratio(seconds[_OURS], seconds[_VIT]) if _VIT in seconds else None
+    over_vit = _ratio(seconds[OURS], seconds[VIT]) if VIT in seconds else None
     return BenchResult(precision, peak / 1e9, figures, over_vit)
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @torch.no_grad()
@@ -275,25 +207,8 @@ def _loss_under_one_mask(contender: Contender, images: Tensor, precision: str) -
     height, width = (side // 16 for side in images.shape[2:])
     generator = torch.Generator().manual_seed(0)
     visible = random_visible(images.shape[0], (height, width), generator=generator, device=images.device)
-    with _autocast(images.device, precision):
+    with autocast(images.device, precision):
         return contender.loss_of(images, visible).item()
-
-
-def make_step(contender: Contender, precision: str, compiled: bool) -> Callable[[Tensor], None]:
-    """A training step, which draws masks of its own as training does: to look at a given one the host would wait."""
-    optimizer = build_optimizer(contender.model, OptimizerOptions(), batch_size=256)
-    loss_of: Any = contender.loss_of
-    if compiled and contender.compiles:
-        loss_of = torch.compile(loss_of)
-
-    def step(images: Tensor) -> None:
-        with _autocast(images.device, precision):
-            loss = loss_of(images, None)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def search_largest_batch(
@@ -358,7 +273,7 @@ def _print(title: str, results: list[BenchResult]) -> None:
         console.print(table)
         console.print(f"The peak is that of a large matrix product: {result.peak_gmacs:.0f} GMAC/s.")
         if (over := result.time_over_vit) is not None:
-            console.print(f"Our time over that of {_VIT}: {over.median:.2f}x ({over.low:.2f}-{over.high:.2f}).")
+            console.print(f"Our time over that of {VIT}: {over.median:.2f}x ({over.low:.2f}-{over.high:.2f}).")
 
 
 def _column(step: StepFigures, first: StepFigures) -> dict[str, str]:
