@@ -113,7 +113,7 @@ def bench(
         raise UserError("no CUDA device on this machine: use --device cpu")
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     if largest_batch and place.type != "cuda":
-        raise UserError("the largest batch is that of a GPU's memory: leave --largest-batch, or use --device cuda")
+        raise UserError("the largest batch is that of a GPU's memory: leave --largest-batch out, or use --device cuda")
     if place.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as in training
     compiled = compile == "yes" or (compile == "auto" and place.type == "cuda")
