@@ -101,4 +101,5 @@ def make_step(contender: Contender, precision: str, compiled: bool) -> Callable[
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward in that precision, float32 or bf16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
