@@ -14,6 +14,7 @@ from convmae.ops.masked_depthwise import masked_depthwise
 from convmae.packing import Packing
 
 PACKING = Packing.of(random_visible(2, (4, 4), 0.5))
+WEIGHT, BIAS = torch.randn(128, 1, 5, 5), torch.zeros(128)
 MAPS = torch.randn(2, 16, 16, 16)
 KERNEL, POINT = torch.randn(16, 1, 5, 5), torch.randn(16, 16, 1, 1)
 
@@ -25,7 +26,7 @@ def script():
 
 
 def packed(x):
-    masked_depthwise(x.view(2, 8, 2, 2, 128), torch.randn(128, 1, 5, 5), torch.zeros(128), PACKING)
+    masked_depthwise(x.view(2, 8, 2, 2, 128), WEIGHT, BIAS, PACKING)
 
 
 @pytest.mark.parametrize(
@@ -42,10 +43,12 @@ def packed(x):
         (torch.sin, "other"),
     ],
 )
-def test_most_of_a_computation_s_time_is_of_its_kind(script, compute, kind):
+def test_a_computation_is_of_its_kind_and_of_no_other(script, compute, kind):
+    """But for what belongs to none, such as new memory; on a busy machine that may take the longest."""
     with torch.no_grad():
-        seconds = script["seconds_by_kind"](compute, MAPS, steps=20)
-    assert max(seconds, key=seconds.get) == kind
+        seconds = script["seconds_by_kind"](compute, MAPS, steps=3)
+    assert seconds[kind] > 0
+    assert seconds.keys() <= {kind, "other"}
 
 
 def test_a_whole_step_has_every_kind(script, capsys):
