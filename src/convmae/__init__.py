@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Any
 from convmae.errors import UserError
 from convmae.models.autoencoder import ConvMAE
 from convmae.models.classifier import Classifier
+from convmae.models.detector import Detector
 from convmae.models.encoder import ConvViT
-from convmae.models.registry import create_autoencoder, create_classifier, load, load_classifier
+from convmae.models.registry import (
+    create_autoencoder,
+    create_classifier,
+    create_detector,
+    load,
+    load_classifier,
+    load_detector,
+)
 
 if TYPE_CHECKING:
     from convmae.commands.bench import bench
@@ -26,16 +34,19 @@ __all__ = [
     "Classifier",
     "ConvMAE",
     "ConvViT",
+    "Detector",
     "UserError",
     "bench",
     "create_autoencoder",
     "create_classifier",
+    "create_detector",
     "embed",
     "export",
     "finetune",
     "info",
     "load",
     "load_classifier",
+    "load_detector",
     "neighbours",
     "predict",
     "pretrain",

@@ -32,7 +32,11 @@ _NAMES = [
     ("blocks{1,2}.*.conv1.", "encoder.stage{1,2}.*.pointwise1."),
     ("blocks{1,2}.*.attn.", "encoder.stage{1,2}.*.depthwise."),
     ("blocks{1,2}.*.conv2.", "encoder.stage{1,2}.*.pointwise2."),
+    ("blocks{3}.*.attn.rel_pos_h", "encoder.stage{3}.*.attn.positions.height"),
+    ("blocks{3}.*.attn.rel_pos_w", "encoder.stage{3}.*.attn.positions.width"),
     ("blocks{1,2,3}.", "encoder.stage{1,2,3}."),
+    ("windowed_rel_pos_bias.relative_position_bias_table", "encoder.window_positions.table"),
+    ("global_rel_pos_bias.relative_position_bias_table", "encoder.global_positions.table"),
     ("pos_embed", "encoder.pos_embed"),
     ("stage1_output_decode.", "project1."),
     ("stage2_output_decode.", "project2."),
@@ -77,17 +81,26 @@ def from_published(state: Mapping[str, Tensor]) -> StateDict:
     ours = {}
     for name, value in state.items():
         target = _renamed(name, _TO_OURS)
+        if target.endswith("relative_position_index"):
+            continue  # follows from the table's shape
         if value.ndim == 4 and not target.endswith("depthwise.weight"):
             value = value.permute(0, 2, 3, 1).flatten(1)  # (D, C, f, f) -> (D, f*f*C)
         elif target.endswith("pos_embed"):
-            side = math.isqrt(value.shape[1])
-            if side * side != value.shape[1]:
-                raise UserError(
-                    f"position embedding '{name}' with {value.shape[1]} tokens is not square: cannot be loaded"
-                )
+            side = _side(name, value.shape[1])
             value = value.unflatten(1, (side, side))  # (1, L, C) -> (1, H, W, C)
+        elif target.endswith("_positions.table"):
+            side = _side(name, value.shape[0])
+            value = value.unflatten(0, (side, side))  # (L, h) -> (2H - 1, 2W - 1, h)
         ours[target] = value.contiguous()
     return ours
+
+
+def _side(name: str, places: int) -> int:
+    """The side of a square table of so many places."""
+    side = math.isqrt(places)
+    if side * side != places:
+        raise UserError(f"the positions '{name}' are {places}, no square: cannot be loaded")
+    return side
 
 
 def to_published(state: Mapping[str, Tensor]) -> StateDict:
@@ -100,6 +113,8 @@ def to_published(state: Mapping[str, Tensor]) -> StateDict:
             value = value.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)  # (D, f*f*C) -> (D, C, f, f)
         elif name.endswith("pos_embed"):
             value = value.flatten(1, 2)
+        elif name.endswith("_positions.table"):
+            value = value.flatten(0, 1)
         published[target] = value.contiguous()
     return published
 

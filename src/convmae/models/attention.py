@@ -1,24 +1,38 @@
-"""The transformer block, and the one place that chooses how attention is computed.
+"""The transformer blocks, over tokens and over large maps, and the one place that chooses how attention is computed.
 
-Shape letters: B sequences, N tokens, M of them, C channels, h heads.
+Shape letters: B sequences, N tokens, M of them, C channels, h heads, d = C / h of them in a head, H rows, W columns.
 """
+
+from typing import NamedTuple
 
 import torch
 from timm.layers import DropPath
+from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import interpolate, one_hot, pad, scaled_dot_product_attention
 
+from convmae.masking import Grid
 from convmae.models.layers import Linear, Mlp
 from convmae.packing import Packing
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention, fused where that is faster. All (B, h, N, C / h)."""
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Softmax attention, fused where that is faster. All (B, h, N, d); value may have other channels than the others.
+
+    bias: added to the scores, (h, N, N). scale: of the product of query and key, by default 1 / sqrt(d).
+    """
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
     if query.device.type == "cpu" and query.dtype is not torch.float32:
         # Measured (docs/performance.md): in bf16 the backward of torch's fused CPU kernel is 2 to 11 times slower.
-        weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-        return weights.softmax(dim=-1) @ value
-    return scaled_dot_product_attention(query, key, value)
+        scores = (query * scale) @ key.transpose(-2, -1)
+        return (scores if bias is None else scores + bias.to(scores.dtype)).softmax(dim=-1) @ value
+    if bias is not None:
+        bias = bias[None].to(query.dtype)
+    channels = value.shape[-1]
+    if query.device.type == "cpu":  # whose fused kernel wants one size of head
+        value = pad(value, (0, query.shape[-1] - channels))
+    return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)[..., :channels]
 
 
 class Attention(nn.Module):
@@ -71,6 +85,122 @@ class TransformerBlock(nn.Module):
         if queries is not None:
             x = take_tokens(x, queries)
         x = x + self.drop_path(y)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class WindowedAttention(NamedTuple):
+    """How an encoder's transformer blocks attend on maps too large for all of them to see everything.
+
+    positions: "shared", a table of biases that all windowed blocks share and one that all global blocks do, or
+        "decomposed", for each block one table of rows and one of columns. window: side of the windows in tokens.
+        global_blocks: numbers of the blocks that see the whole map. grid: of the maps that the global tables are for.
+    """
+
+    positions: str
+    window: int
+    global_blocks: tuple[int, ...]
+    grid: Grid
+
+
+class RelativePositionTable(nn.Module):
+    """A learned bias of the scores for each head and each offset between two tokens (Swin's), zero at first.
+
+    The table is (2H - 1, 2W - 1, h); for another grid than (H, W) it is resized bicubically.
+    """
+
+    def __init__(self, grid: Grid, num_heads: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(2 * grid[0] - 1, 2 * grid[1] - 1, num_heads))
+
+    def forward(self, grid: Grid) -> Tensor:
+        """The bias of each pair of tokens, (h, H*W, H*W): how the first attends to the second."""
+        height, width = grid
+        table = self.table.permute(2, 0, 1)
+        if table.shape[1:] != (2 * height - 1, 2 * width - 1):
+            table = interpolate(table[None], (2 * height - 1, 2 * width - 1), mode="bicubic")[0]
+        # Of all H x W windows over the table, turned by half a circle, the last is the first token's row of keys. As
+        # views these cost one copy and a fast gradient, where an index of H*W*H*W places would cost more than the rest.
+        rows = table.flip(1, 2).unfold(1, height, 1).unfold(2, width, 1).flip(1, 2)  # (h, H, W, H, W)
+        return rows.flatten(3).flatten(1, 2)
+
+
+class DecomposedPositions(nn.Module):
+    """Scores between two tokens by the query and their offset along rows, and along columns (MViTv2's, ViTDet's).
+
+    The tables are (2H - 1, d) and (2W - 1, d), zero at first; for another grid they are resized linearly.
+    """
+
+    def __init__(self, grid: Grid, head_width: int) -> None:
+        super().__init__()
+        self.height = nn.Parameter(torch.zeros(2 * grid[0] - 1, head_width))
+        self.width = nn.Parameter(torch.zeros(2 * grid[1] - 1, head_width))
+
+    def extend(self, query: Tensor, key: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Lengthen queries and keys (B, h, N, d) so that their product has the scores in it, the query's scale too.
+
+        A query gets its score for each row and each column, a key the one-hot vectors of its own: no (N, N) bias is
+        ever made, and fused attention needs no mask. -> (B, h, N, D) each, D = d + H + W, up to a multiple of 8.
+        """
+        height, width = grid
+        on_map = query.unflatten(2, grid)  # (B, h, H, W, d)
+        rows = _by_offset(self.height, height).to(query.dtype)  # (H, d, H)
+        columns = _by_offset(self.width, width).to(query.dtype)  # (W, d, W)
+        of_rows = torch.einsum("bhyxd,ydk->bhyxk", on_map, rows).flatten(2, 3)  # (B, h, N, H)
+        of_columns = torch.einsum("bhyxd,xdk->bhyxk", on_map, columns).flatten(2, 3)  # (B, h, N, W)
+        token = torch.arange(height * width, device=query.device)
+        place = torch.cat([one_hot(token // width, height), one_hot(token % width, width)], dim=1).to(key.dtype)
+        place = place.expand(*key.shape[:2], -1, -1)
+        query = torch.cat([query * query.shape[-1] ** -0.5, of_rows, of_columns], dim=-1)
+        key = torch.cat([key, place], dim=-1)
+        missing = -query.shape[-1] % 8  # fused kernels want it so
+        return pad(query, (0, missing)), pad(key, (0, missing))
+
+
+def _by_offset(table: Tensor, length: int) -> Tensor:
+    """For each of so many places the table's entries of its offsets to all of them: (L, d) -> (length, d, length)."""
+    if table.shape[0] != 2 * length - 1:
+        table = interpolate(table.T[None], 2 * length - 1, mode="linear")[0].T
+    return table.flip(0).unfold(0, length, 1).flip(0)
+
+
+class MapAttention(Attention):
+    """Multi-head self-attention on a map, whole or inside windows: (B, H, W, C) -> (B, H, W, C).
+
+    window: side of the windows in tokens; they pad the map with zeros where they do not divide it. 0: the whole map.
+    positions: this block's own; blocks that share a table get its bias.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, window: int = 0, positions: DecomposedPositions | None = None
+    ) -> None:
+        super().__init__(width, num_heads)
+        self.window = window
+        self.positions = positions
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        whole = grid = (x.shape[1], x.shape[2])
+        if self.window:
+            grid = (self.window, self.window)
+            x, padded = window_partition(x, self.window)  # (B, H, W, C) -> (B*n, w, w, C)
+        query, key, value = self._heads(x.flatten(1, 2))
+        scale = None
+        if self.positions is not None:
+            query, key = self.positions.extend(query, key, grid)
+            scale = 1.0
+        y = attend(query, key, value, bias, scale)
+        y = self.proj(y.transpose(1, 2).flatten(2)).unflatten(1, grid)
+        return window_unpartition(y, self.window, whole, padded) if self.window else y
+
+
+class MapBlock(TransformerBlock):
+    """The transformer block on a map: (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, drop_path: float, attention: MapAttention) -> None:
+        super().__init__(width, num_heads, mlp_ratio, drop_path)
+        self.attn: MapAttention = attention
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        x = x + self.drop_path(self.attn(self.norm1(x), bias))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

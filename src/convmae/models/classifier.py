@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from convmae import weights
 from convmae.errors import UserError
-from convmae.models.encoder import ConvViT
+from convmae.models.encoder import LAYERS_BEFORE_TRANSFORMER, ConvViT
 from convmae.models.fitting import fit
+from convmae.models.layers import initialise_linear
 
 _log = logging.getLogger(__name__)
 
@@ -66,10 +67,7 @@ class Classifier(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
-        for part in (self.encoder.projection, self.encoder.stage3):
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    _initialise(module)
+        self.encoder.initialise_for_supervision()
         self.register_load_state_dict_pre_hook(_fit_before_loading)
 
     @property
@@ -148,7 +146,7 @@ class Classifier(nn.Module):
             self.fc_norm = nn.LayerNorm(self.num_features, eps=1e-6, **place)
         self.head = nn.Linear(self.num_features, num_classes, **place) if num_classes else nn.Identity()
         if isinstance(self.head, nn.Linear):
-            _initialise(self.head)
+            initialise_linear(self.head)
         if num_classes != self.num_classes:
             self.num_classes, self.classes = num_classes, None
 
@@ -158,10 +156,9 @@ class Classifier(nn.Module):
         All before the transformer is layer 0, block i is i + 1, fc_norm and head, which nothing here matches, are the
         last. coarse: a layer a stage.
         """
-        before = r"^encoder\.(?:pos_embed|projection|downsample\d|stage[12])"
         if coarse:
-            return {"stages": [(r"^encoder\.(?:downsample|stage)(\d)", None), (before, (3,))]}
-        return {"before": before, "blocks": r"^encoder\.stage3\.(\d+)"}
+            return {"stages": [(r"^encoder\.(?:downsample|stage)(\d)", None), (LAYERS_BEFORE_TRANSFORMER, (3,))]}
+        return {"before": LAYERS_BEFORE_TRANSFORMER, "blocks": r"^encoder\.stage3\.(\d+)"}
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay, besides biases and norms."""
@@ -217,12 +214,6 @@ def _fit_before_loading(model: Classifier, state: dict[str, Any], prefix: str, *
     for name in given:
         del state[prefix + name]
     state.update({prefix + name: value for name, value in fitting.items()})
-
-
-def _initialise(linear: nn.Linear) -> None:
-    """Truncated normal 0.02 and zero bias, as published; the convolutions keep torch's own."""
-    nn.init.trunc_normal_(linear.weight, std=0.02)
-    nn.init.zeros_(linear.bias)
 
 
 def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ serves both; only the depthwise convolution looks at neighbours and is told whic
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,14 +19,26 @@ from torch.utils.checkpoint import checkpoint
 
 from convmae.errors import UserError
 from convmae.masking import Grid
-from convmae.models.attention import TransformerBlock
+from convmae.models.attention import (
+    DecomposedPositions,
+    MapAttention,
+    MapBlock,
+    RelativePositionTable,
+    TransformerBlock,
+    WindowedAttention,
+)
 from convmae.models.hub import HubEncoder
-from convmae.models.layers import Linear, Mlp
+from convmae.models.layers import Linear, Mlp, initialise_linear
 from convmae.ops.masked_depthwise import masked_depthwise, masked_depthwise_dense
 from convmae.packing import Packing
 
 PATCH = 16  # pixels along the side of a stage-3 token
 CELLS = 4  # stage-1 cells along the side of a stage-3 token
+
+LAYERS_BEFORE_TRANSFORMER = (
+    r"^encoder\.(?:pos_embed|projection|downsample\d|stage[12]|window_positions|global_positions)"
+)
+"""Parameters, in a model whose encoder is `encoder`, that are layer 0 for layer-wise learning-rate decay."""
 
 Where = Packing | Tensor | None
 """Which way a map is on. Packing: packed. (B, H, W) bool: dense, True = visible. None: dense, all visible."""
@@ -77,13 +90,20 @@ class ConvBlock(nn.Module):
     Maps are dense (B, H, W, C) or packed (B, K, s, s, C), as `where` says.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 5, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 5,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-5,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=1e-5)
+        self.norm1 = nn.LayerNorm(channels, eps=norm_eps)
         self.pointwise1 = Linear(channels, channels)
         self.depthwise = DepthwiseConv(channels, kernel_size)
         self.pointwise2 = Linear(channels, channels)
-        self.norm2 = nn.LayerNorm(channels, eps=1e-5)
+        self.norm2 = nn.LayerNorm(channels, eps=norm_eps)
         self.mlp = Mlp(channels, int(channels * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -111,6 +131,8 @@ class ConvViT(nn.Module, HubEncoder):
         resized for inputs of another size.
     widths, depths: channels and blocks of the three stages. kernel_size: of the depthwise convolutions, odd.
     drop_path: rate of the last block; it grows linearly from 0 at the first.
+    attention: how the transformer attends on large maps, for the dense way only; None: all tokens to all.
+    conv_norm_eps: epsilon of the convolution blocks' LayerNorms, which one published form has smaller.
     """
 
     def __init__(
@@ -123,6 +145,8 @@ class ConvViT(nn.Module, HubEncoder):
         mlp_ratio: float = 4.0,
         kernel_size: int = 5,
         drop_path: float = 0.0,
+        attention: WindowedAttention | None = None,
+        conv_norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         if kernel_size % 2 == 0 or kernel_size < 1:
@@ -153,9 +177,14 @@ class ConvViT(nn.Module, HubEncoder):
         self.downsample3 = Downsample(widths[1], widths[2], 2)
         self.projection = Linear(widths[2], widths[2])
         self.pos_embed = nn.Parameter(sincos_pos_embed(grid_of(image_size), widths[2]), requires_grad=False)
-        self.stage1 = nn.ModuleList(ConvBlock(widths[0], kernel_size, mlp_ratio, rate) for rate in rates1)
-        self.stage2 = nn.ModuleList(ConvBlock(widths[1], kernel_size, mlp_ratio, rate) for rate in rates2)
-        self.stage3 = nn.ModuleList(TransformerBlock(widths[2], num_heads, mlp_ratio, rate) for rate in rates3)
+        conv_block = partial(ConvBlock, kernel_size=kernel_size, mlp_ratio=mlp_ratio, norm_eps=conv_norm_eps)
+        self.stage1 = nn.ModuleList(conv_block(widths[0], drop_path=rate) for rate in rates1)
+        self.stage2 = nn.ModuleList(conv_block(widths[1], drop_path=rate) for rate in rates2)
+        self.attention = attention
+        if attention is None:
+            self.stage3 = nn.ModuleList(TransformerBlock(widths[2], num_heads, mlp_ratio, rate) for rate in rates3)
+        else:
+            self._attend_on_maps(attention, widths[2], num_heads, mlp_ratio, rates3)
 
     def convolve(self, x: Tensor, where1: Where = None, where2: Where = None) -> Stages:
         """The part before the transformer: pixels, dense (B, H, W, C) or packed (B, K, 16, 16, C), to three maps.
@@ -219,6 +248,16 @@ class ConvViT(nn.Module, HubEncoder):
             table = resized_pos_embed(self.pos_embed, grid).clone()
         self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
 
+    def initialise_for_supervision(self) -> None:
+        """The transformer's linear layers anew: truncated normal 0.02 and zero bias, as published without pretraining.
+
+        The convolutions keep torch's own.
+        """
+        for part in (self.projection, self.stage3):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    initialise_linear(module)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps only the inputs of the blocks and computes the rest twice: slower, in less memory."""
         self.grad_checkpointing = enable
@@ -232,16 +271,52 @@ class ConvViT(nn.Module, HubEncoder):
             maps.append(self._stage(self.downsample2(maps[-1]), self.stage2, None))
         if stages > 2:
             x = self.projection(self.downsample3(maps[-1])) + resized_pos_embed(self.pos_embed, grid)
-            maps.append(self.transform(x.flatten(1, 2)).view(x.shape))
+            if self.attention is None:
+                maps.append(self.transform(x.flatten(1, 2)).view(x.shape))
+            else:
+                maps.append(self._transform_map(x, self.attention))
         return maps
+
+    def _attend_on_maps(
+        self, attention: WindowedAttention, width: int, num_heads: int, mlp_ratio: float, rates: Sequence[float]
+    ) -> None:
+        """Make the transformer of the downstream forms."""
+        window = (attention.window, attention.window)
+        whole = sum(number in attention.global_blocks for number in range(len(rates)))
+        self.window_positions = self.global_positions = None
+        if attention.positions == "shared" and whole < len(rates):
+            self.window_positions = RelativePositionTable(window, num_heads)
+        if attention.positions == "shared" and whole:
+            self.global_positions = RelativePositionTable(attention.grid, num_heads)
+        blocks = []
+        for number, rate in enumerate(rates):
+            everywhere = number in attention.global_blocks
+            grid = attention.grid if everywhere else window
+            own = DecomposedPositions(grid, width // num_heads) if attention.positions == "decomposed" else None
+            attend = MapAttention(width, num_heads, 0 if everywhere else attention.window, own)
+            blocks.append(MapBlock(width, num_heads, mlp_ratio, rate, attend))
+        self.stage3 = nn.ModuleList(blocks)
+
+    def _transform_map(self, x: Tensor, attention: WindowedAttention) -> Tensor:
+        """The transformer blocks over a map, positions added: (B, H, W, C) -> (B, H, W, C)."""
+        of_windows = of_maps = None  # made once for all blocks that share them
+        if self.window_positions is not None:
+            of_windows = self.window_positions((attention.window, attention.window))
+        if self.global_positions is not None:
+            of_maps = self.global_positions((x.shape[1], x.shape[2]))
+        for number, block in enumerate(self.stage3):
+            x = self._block(block, x, of_maps if number in attention.global_blocks else of_windows)
+        return x
 
     def _run(self, blocks: nn.ModuleList, x: Tensor, *arguments: Where) -> Tensor:
         for block in blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *arguments, use_reentrant=False)
-            else:
-                x = block(x, *arguments)
+            x = self._block(block, x, *arguments)
         return x
+
+    def _block(self, block: nn.Module, x: Tensor, *arguments: Where) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, *arguments, use_reentrant=False)
+        return block(x, *arguments)
 
     def _stage(self, x: Tensor, blocks: nn.ModuleList, where: Where) -> Tensor:
         x = self._run(blocks, x, where)
@@ -298,7 +373,7 @@ def sincos_pos_embed(grid: Grid, width: int) -> Tensor:
 
 
 def resized_pos_embed(pos_embed: Tensor, grid: Grid) -> Tensor:
-    """A position embedding (1, H, W, C) resized bicubically to another grid."""
+    """A position embedding (1, H, W, C) resized bicubically to another grid, as the published code does it."""
     if pos_embed.shape[1:3] == grid:  # timm looks at this too, but never while exporting
         return pos_embed
-    return resample_abs_pos_embed_nhwc(pos_embed, list(grid))
+    return resample_abs_pos_embed_nhwc(pos_embed, list(grid), antialias=False)

@@ -27,6 +27,12 @@ class Mlp(nn.Module):
         return self.fc2(gelu(self.fc1(x)))
 
 
+def initialise_linear(layer: nn.Linear) -> None:
+    """Truncated normal 0.02 and zero bias, the published start of models that are trained with labels."""
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+
+
 def _untouched(layer: nn.Module) -> bool:
     """Whether nobody put an adapter in the layer's place, or a hook on it: what only a call of the layer would run."""
     return type(layer) is Linear and not layer._forward_hooks and not layer._forward_pre_hooks

@@ -16,6 +16,7 @@ from convmae import weights
 from convmae.errors import UserError
 from convmae.models.autoencoder import ConvMAE
 from convmae.models.classifier import Classifier, checkpoint_filter_fn
+from convmae.models.detector import Detector, fit_detector
 from convmae.models.encoder import PATCH
 from convmae.models.fitting import fit
 
@@ -30,6 +31,15 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "huge": {"widths": (768, 1024, 1280), "depths": (2, 2, 31), "num_heads": 16},
 }
 _TINY_DECODER = {"decoder_width": 128, "decoder_depth": 2, "decoder_num_heads": 4}
+# For pictures of 128 pixels or so.
+_TINY_DETECTOR = {
+    "window": 4,
+    "head_width": 64,
+    "box_width": 256,
+    "anchor_sizes": (16, 32, 64, 128, 256),
+    "proposals": 200,
+    "rois": 64,
+}
 
 
 def _size(model: str) -> dict[str, Any]:
@@ -50,13 +60,19 @@ def create_classifier(model: str = "base", **settings: Any) -> Classifier:
     return Classifier(**{**_size(model), **settings})
 
 
+def create_detector(model: str = "base", **settings: Any) -> Detector:
+    """A Detector of a named size (tiny, small, base, large, huge); `settings` of Detector override it."""
+    heads = _TINY_DETECTOR if model.removeprefix("convmae_") == "tiny" else {}
+    return Detector(**{**_size(model), **heads, **settings})
+
+
 def load(
     path_or_state_dict: str | Path | Mapping[str, Any],
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
     **settings: Any,
-) -> ConvMAE | Classifier:
-    """Build and fill the model that a weights file holds: an autoencoder if it has a decoder, else a classifier.
+) -> ConvMAE | Classifier | Detector:
+    """Build and fill the model that a weights file holds: an autoencoder, a detector, else a classifier.
 
     path_or_state_dict: whatever `convmae.weights.read` takes, or what torch.load gave. Our names or the published
         ones; sizes come from the tensors.
@@ -67,6 +83,8 @@ def load(
     An encoder alone becomes a classifier with num_classes=0. Raises UserError if the tensors do not fit the model.
     """
     state, facts = _read(path_or_state_dict)
+    if _is_detector(state):
+        return _detector(state, facts, num_heads, settings)
     if "decoder.mask_token" not in state:
         return _classifier(state, facts, num_heads, settings)
     known = _known(state, facts, num_heads)
@@ -90,6 +108,20 @@ def load_classifier(
     none if neither the file nor `settings` says how many classes there are.
     """
     return _classifier(*_read(path_or_state_dict), num_heads, settings)
+
+
+def load_detector(
+    path_or_state_dict: str | Path | Mapping[str, Any], num_heads: int | None = None, **settings: Any
+) -> Detector:
+    """Build a detector on the encoder of any weights file, such as that of pretraining, or the detector that it holds.
+
+    path_or_state_dict, num_heads: see `load`. settings: any other argument of Detector, such as form, num_classes or
+        drop_path; by default what a detector's file tells, and for the tiny encoder those of the named size.
+
+    A detector's last layers are kept where they are for so many classes, and otherwise begin anew; on another model's
+    encoder all but the encoder does. Raises UserError if the tensors do not fit the model.
+    """
+    return _detector(*_read(path_or_state_dict), num_heads, settings)
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], resize_positions: bool = False) -> None:
@@ -123,6 +155,27 @@ def _classifier(
         known.pop("classes", None)
     model = Classifier(**{**known, **settings})
     model.load_state_dict(checkpoint_filter_fn(state, model))
+    return model
+
+
+def _is_detector(state: weights.StateDict) -> bool:
+    return "rpn.head.cls_logits.weight" in state
+
+
+def _detector(
+    state: weights.StateDict, facts: dict[str, Any], num_heads: int | None, settings: dict[str, Any]
+) -> Detector:
+    known = _known(state, facts, num_heads)
+    if not _is_detector(state):
+        of_tiny = _TINY_DETECTOR if known["widths"] == ENCODERS["tiny"]["widths"] else {}
+        names = ("in_channels", "widths", "depths", "num_heads", "mlp_ratio", "kernel_size")
+        known = {**of_tiny, **{name: known[name] for name in names}, "pos_embed_size": known["image_size"]}
+    elif "form" not in known:
+        raise UserError("these weights do not tell the detector's settings: fill a convmae.Detector with them by hand")
+    elif settings.get("num_classes", known["num_classes"]) != known["num_classes"]:
+        known.update(classes=None, category_ids=None)
+    model = Detector(**{**known, **settings})
+    model.load_state_dict(fit_detector(state, model))
     return model
 
 

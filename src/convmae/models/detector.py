@@ -1,0 +1,393 @@
+"""Mask R-CNN on the encoder, in the paper's form and in ViTDet's.
+
+torchvision's detection parts do the detecting: anchors, proposals, matching, losses, suppression. Here are the two ways
+from the encoder to a feature pyramid, and how it all is put together. Shape letters: B batch, C channels, H height and
+W width in pixels, N objects.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, RPNHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_image
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import LevelMapper
+
+from convmae import weights
+from convmae.errors import UserError
+from convmae.models.attention import WindowedAttention
+from convmae.models.encoder import LAYERS_BEFORE_TRANSFORMER, ConvViT, grid_of
+from convmae.models.fitting import fit
+
+_log = logging.getLogger(__name__)
+
+_LEVELS = ("0", "1", "2", "3")  # of the pyramid, strides 4 to 32, in torchvision's names; "pool" comes on top
+_SMALLEST = 64  # pixels along a side of an image, so that stride 32 has more than one cell
+
+Target = dict[str, Tensor]
+"""An image's objects in torchvision's form: boxes (N, 4) float x1 y1 x2 y2, labels (N,) int64 from 1 on, masks
+(N, H, W) uint8, all in pixels of the image that the detector sees."""
+
+
+class MultiScalePyramid(nn.Module):
+    """The paper's: maps of strides 4, 8, 16 and a 2x2 maximum of the last one, into an FPN (section 4.2)."""
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        self.fpn = FeaturePyramidNetwork(
+            [*in_channels, in_channels[-1]], out_channels, LastLevelMaxPool(), nn.BatchNorm2d
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Maps (B, C, H / f, W / f) of strides 4, 8, 16 -> by level, "0" to "3" and "pool", strides 4 to 64."""
+        return self.fpn(dict(zip(_LEVELS, [*maps, max_pool2d(maps[-1], 2)], strict=True)))
+
+
+class SimplePyramid(nn.Module):
+    """ViTDet's: all levels from the last map, by transposed convolutions and a maximum (Li et al. 2022, section 3)."""
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        width = in_channels[-1]
+        scales = (
+            nn.Sequential(
+                nn.ConvTranspose2d(width, width // 2, 2, 2),
+                LayerNorm2d(width // 2),
+                nn.GELU(),
+                nn.ConvTranspose2d(width // 2, width // 4, 2, 2),
+            ),
+            nn.ConvTranspose2d(width, width // 2, 2, 2),
+            nn.Identity(),
+            nn.MaxPool2d(2),
+        )
+        plain = {"norm_layer": LayerNorm2d, "activation_layer": None}
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                scale,
+                Conv2dNormActivation(channels, out_channels, 1, **plain),
+                Conv2dNormActivation(out_channels, out_channels, 3, **plain),
+            )
+            for scale, channels in zip(scales, (width // 4, width // 2, width, width), strict=True)
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Maps, of which the last (B, C, H / 16, W / 16) counts -> by level, "0" to "3" and "pool", strides 4 to 64."""
+        levels = {name: level(maps[-1]) for name, level in zip(_LEVELS, self.levels, strict=True)}
+        return {**levels, "pool": max_pool2d(levels["3"], kernel_size=1, stride=2)}
+
+
+@dataclass(frozen=True)
+class DetectionForm:
+    """What distinguishes one published form of the detector from the other."""
+
+    positions: Literal["shared", "decomposed"]
+    window: int
+    """Side in tokens of the windows in which most transformer blocks attend."""
+    global_blocks: Callable[[int], tuple[int, ...]]
+    """Numbers of the blocks that see the whole map, for so many blocks."""
+    conv_norm_eps: float
+    norm_layer: Callable[[int], nn.Module]
+    """Of pyramid and heads."""
+    pyramid: Callable[[Sequence[int], int], nn.Module]
+
+
+def _from_first_to_last(depth: int) -> tuple[int, ...]:
+    """Up to four blocks, evenly spaced: 0, 3, 6, 10 of the paper's 11."""
+    number = max(min(4, depth // 2), 2)
+    return tuple(sorted({block * (depth - 1) // (number - 1) for block in range(number)}))
+
+
+def _last_of_each_part(depth: int) -> tuple[int, ...]:
+    """The last of each of up to four parts: 1, 4, 7, 10 of 11."""
+    number = max(min(4, depth // 2), 1)
+    return tuple(depth - 1 - round(depth / number) * part for part in reversed(range(number)))
+
+
+FORMS = {
+    "paper": DetectionForm("shared", 16, _from_first_to_last, 1e-5, nn.BatchNorm2d, MultiScalePyramid),
+    "vitdet": DetectionForm("decomposed", 14, _last_of_each_part, 1e-6, LayerNorm2d, SimplePyramid),
+}
+
+
+class DetectionLosses(NamedTuple):
+    """The losses of a training batch and their sum."""
+
+    loss: Tensor
+    classification: Tensor
+    box: Tensor
+    mask: Tensor
+    objectness: Tensor
+    proposal: Tensor
+
+
+class Detector(nn.Module):
+    """Mask R-CNN on the encoder (section 4.2; defaults are the paper's base).
+
+    image_size: height and width in pixels, multiples of 32 from 64 on, of the images that it is trained on; the tables
+        of relative positions are for it, and are resized for inputs of another size.
+    num_classes: background not counted. classes: their names. category_ids: their numbers in COCO's files.
+    form: "paper" or "vitdet", see FORMS. window, global_blocks: by default the form's.
+    widths, depths, num_heads, mlp_ratio, kernel_size, drop_path: of the encoder, see ConvViT.
+    pos_embed_size: height and width of the images that the table of absolute positions is for, those of pretraining.
+    head_width: channels of the pyramid and of the convolutions in the heads. box_width: of the box head's linear layer.
+    anchor_sizes: sides of the anchors in pixels, one a level; three aspect ratios each.
+    proposals, rois: in training, boxes that the first stage proposes for an image, and of these the ones that the
+        second learns from.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (1024, 1024),
+        in_channels: int = 3,
+        num_classes: int = 80,
+        form: str = "paper",
+        widths: Sequence[int] = (256, 384, 768),
+        depths: Sequence[int] = (2, 2, 11),
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        kernel_size: int = 5,
+        drop_path: float = 0.0,
+        pos_embed_size: tuple[int, int] = (224, 224),
+        window: int | None = None,
+        global_blocks: Sequence[int] | None = None,
+        head_width: int = 256,
+        box_width: int = 1024,
+        anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
+        proposals: int = 1000,
+        rois: int = 512,
+        classes: Sequence[str] | None = None,
+        category_ids: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if form not in FORMS:
+            raise UserError(f"unknown form '{form}' of the detector: choose {' or '.join(FORMS)}")
+        if num_classes < 1:
+            raise UserError(f"a detector of {num_classes} classes: it needs at least one")
+        for names in (classes, category_ids):
+            if names is not None and len(names) != num_classes:
+                raise UserError(f"{len(names)} names for {num_classes} classes: give one to each")
+        if len(anchor_sizes) != len(_LEVELS) + 1:
+            raise UserError(f"{len(anchor_sizes)} anchor sizes for 5 levels of the pyramid: give one to each")
+        chosen = FORMS[form]
+        window = chosen.window if window is None else window
+        blocks = chosen.global_blocks(depths[2]) if global_blocks is None else tuple(global_blocks)
+        if window < 1 or not all(0 <= block < depths[2] for block in blocks):
+            raise UserError(f"window {window} or global blocks {blocks} cannot be: there are {depths[2]} blocks")
+        self.settings: dict[str, Any] = {  # what a weights file records, so that `load` builds the same detector
+            "image_size": _checked_size(image_size),
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "form": form,
+            "widths": tuple(widths),
+            "depths": tuple(depths),
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "kernel_size": kernel_size,
+            "pos_embed_size": (pos_embed_size[0], pos_embed_size[1]),
+            "window": window,
+            "global_blocks": blocks,
+            "head_width": head_width,
+            "box_width": box_width,
+            "anchor_sizes": tuple(anchor_sizes),
+            "proposals": proposals,
+            "rois": rois,
+            "classes": None if classes is None else list(classes),
+            "category_ids": None if category_ids is None else list(category_ids),
+        }
+        self.num_classes = num_classes
+        self.encoder = ConvViT(
+            pos_embed_size, in_channels, widths, depths, num_heads, mlp_ratio, kernel_size, drop_path,
+            WindowedAttention(chosen.positions, window, blocks, grid_of(image_size)), chosen.conv_norm_eps,
+        )  # fmt: skip
+        self.encoder.pos_embed.requires_grad_(True)
+        self.encoder.initialise_for_supervision()
+        self.pyramid = chosen.pyramid([info["num_chs"] for info in self.encoder.feature_info], head_width)
+        ratios = (0.5, 1.0, 2.0)
+        self.rpn = RegionProposalNetwork(
+            _Anchors(tuple((side,) for side in anchor_sizes), (ratios,) * len(anchor_sizes)),
+            _ProposalHead(head_width, len(ratios), conv_depth=2),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=256,
+            positive_fraction=0.5,
+            pre_nms_top_n={"training": 2 * proposals, "testing": 1000},
+            post_nms_top_n={"training": proposals, "testing": 1000},
+            nms_thresh=0.7,
+        )
+        convolutions = [head_width] * 4
+        norm_layer: Any = chosen.norm_layer
+        self.roi_heads = RoIHeads(
+            _region_pooling(7),
+            FastRCNNConvFCHead((head_width, 7, 7), convolutions, [box_width], norm_layer),
+            _BoxPredictor(box_width, num_classes + 1),
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=rois,
+            positive_fraction=0.25,
+            bbox_reg_weights=None,  # 10, 10, 5, 5
+            score_thresh=0.05,
+            nms_thresh=0.5,
+            detections_per_img=100,
+            mask_roi_pool=_region_pooling(14),
+            mask_head=MaskRCNNHeads(head_width, convolutions, 1, norm_layer),
+            mask_predictor=MaskRCNNPredictor(head_width, head_width, num_classes + 1),
+        )
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, or their numbers from 1 on where nobody gave names."""
+        return self.settings["classes"] or [str(number) for number in range(1, self.num_classes + 1)]
+
+    def forward(
+        self, images: Tensor, targets: Sequence[Target] | None = None, sizes: Sequence[tuple[int, int]] | None = None
+    ) -> Any:
+        """The losses in training mode, what torchvision's heads detect in evaluation mode.
+
+        images: (B, C, H, W), uint8 or normalised float, H and W multiples of 32. targets: of each image, in training.
+        sizes: height and width of the picture inside each image, from its top left corner; by default the whole image.
+
+        Returns DetectionLosses, or for each image boxes (N, 4), labels (N,), scores (N,) and masks (N, 1, 28, 28),
+        which are probabilities inside their boxes. All boxes are in pixels of `images`.
+        """
+        height, width = _checked_size(images.shape[-2:])
+        maps = self.encoder.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
+        levels = self.pyramid([x.permute(0, 3, 1, 2) for x in maps])  # channels-last in memory
+        inside = ImageList(images, list(sizes or [(height, width)] * len(images)))
+        told = None if targets is None else list(targets)
+        proposals, of_proposals = self.rpn(inside, levels, told)
+        detections, of_boxes = self.roi_heads(levels, proposals, inside.image_sizes, told)
+        if not self.training:
+            return detections
+        losses = (
+            of_boxes["loss_classifier"],
+            of_boxes["loss_box_reg"],
+            of_boxes["loss_mask"],
+            of_proposals["loss_objectness"],
+            of_proposals["loss_rpn_box_reg"],
+        )
+        return DetectionLosses(cast(Tensor, sum(losses)), *losses)
+
+    def detect(
+        self,
+        images: Tensor,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        original_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> list[Target]:
+        """What is in each image, in evaluation mode: at most 100 objects, the most probable first.
+
+        images, sizes: see `forward`. original_sizes: height and width of each picture before it was resized to `sizes`;
+        by default the same.
+
+        Returns for each image boxes (N, 4), labels (N,) from 1 on, scores (N,) in [0, 1] and masks (N, H, W) bool, in
+        pixels of the original picture.
+        """
+        sizes = sizes or [(images.shape[-2], images.shape[-1])] * len(images)
+        found = []
+        for detection, size, original in zip(self(images, sizes=sizes), sizes, original_sizes or sizes, strict=True):
+            boxes = resize_boxes(detection["boxes"], list(size), list(original))
+            masks = torch.empty(0, *original, dtype=torch.bool, device=boxes.device)
+            if len(boxes):
+                masks = paste_masks_in_image(detection["masks"].float(), boxes, tuple(original))[:, 0] >= 0.5
+            found.append({**detection, "boxes": boxes, "masks": masks})
+        return found
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters belong to one layer, in timm's words, for layer-wise learning-rate decay.
+
+        All before the transformer is layer 0, block i is i + 1, pyramid and heads, which nothing here matches, are the
+        last.
+        """
+        return {"before": LAYERS_BEFORE_TRANSFORMER, "blocks": r"^encoder\.stage3\.(\d+)"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay, besides biases and norms: all tables of positions."""
+        return {name for name, _ in self.named_parameters() if "pos_embed" in name or "positions." in name}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training computes the encoder's blocks twice to use less memory."""
+        self.encoder.set_grad_checkpointing(enable)
+
+
+def fit_detector(state: weights.StateDict, model: Detector) -> weights.StateDict:
+    """Make the weights of any model with an encoder fit a detector.
+
+    state: under our names: of an autoencoder, a classifier, an encoder or a detector. Parts that the detector does not
+    have, such as a decoder, are left out; what the file does not have, relative positions and all after the encoder,
+    stays the model's, and so do last layers for another number of classes. Absolute positions stay in the file's grid
+    if the model was built for it, and are resized otherwise. Raises UserError that names the first tensor that does
+    not fit.
+    """
+    own = model.state_dict()
+    kept = {name: value for name, value in own.items() if not name.startswith("encoder.") or "positions." in name}
+    of_classes = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+    counted = state.get("roi_heads.box_predictor.cls_score.bias")
+    new_classes = False
+    if counted is not None and counted.shape[0] != model.num_classes + 1:
+        new_classes = True
+        _log.warning(
+            "the weights' last layers are for %d classes, the model's for %d: the model keeps its own, untrained",
+            counted.shape[0] - 1,
+            model.num_classes,
+        )
+    parts = {name.split(".")[0] for name in own}
+    given = {
+        name: value
+        for name, value in state.items()
+        if name.split(".")[0] in parts
+        and not (new_classes and name.startswith(of_classes))
+        and not ("positions." in name and name not in own)
+    }
+    return fit({**kept, **given}, own, resize_positions=True)
+
+
+class _Anchors(AnchorGenerator):
+    """Anchors in float32; torchvision's are in the features' type, of which bf16 rounds what is beyond 256 pixels."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        return super().forward(image_list, [x.new_empty((), dtype=torch.float32).expand(x.shape) for x in feature_maps])
+
+
+class _ProposalHead(RPNHead):
+    """Its boxes and scores in float32, whatever the convolutions computed in."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        scores, boxes = super().forward(x)
+        return [score.float() for score in scores], [box.float() for box in boxes]
+
+
+class _BoxPredictor(FastRCNNPredictor):
+    """The same for the second stage."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, boxes = super().forward(x)
+        return scores.float(), boxes.float()
+
+
+def _region_pooling(side: int) -> MultiScaleRoIAlign:
+    """Crops of the pyramid, `side` cells high and wide, from the level that fits a box's size."""
+    pooling = MultiScaleRoIAlign(list(_LEVELS), side, sampling_ratio=2)
+    # torchvision guesses the strides from the first batch's pictures, wrongly where they fill a part of their images.
+    pooling.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    pooling.map_levels = LevelMapper(2, 5)
+    return pooling
+
+
+def _checked_size(image_size: Sequence[int]) -> tuple[int, int]:
+    height, width = image_size
+    if min(height, width) < _SMALLEST or height % 32 or width % 32:
+        raise UserError(
+            f"image size {height}x{width} does not suit a detector: choose multiples of 32 from {_SMALLEST} on"
+        )
+    return height, width
