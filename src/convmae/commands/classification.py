@@ -1,15 +1,13 @@
-"""Training a classifier on labelled images and judging it on others: what fine-tuning and the published probe share."""
+"""A classifier's loss and its labelled batches: what fine-tuning and the published probe share."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 from lightning.fabric import Fabric
-from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from timm.loss import SoftTargetCrossEntropy
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from convmae.commands.supervised import Supervision
 from convmae.data.augmentation import (
     Augmentation,
     AugmentationOptions,
@@ -22,15 +20,6 @@ from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 from convmae.evaluation.accuracy import Accuracy, evaluate
 from convmae.models.classifier import Classifier
-from convmae.training.checkpoint import CheckpointFolder
-from convmae.training.logging import RunLog
-from convmae.training.loop import Plan, Position, train
-
-
-class Supervision(NamedTuple):
-    """What a training step works on: the loss."""
-
-    loss: Tensor
 
 
 class Supervised(nn.Module):
@@ -44,14 +33,6 @@ class Supervised(nn.Module):
     def forward(self, batch: tuple[Tensor, Tensor]) -> Supervision:
         images, targets = batch
         return Supervision(self.criterion(self.classifier(images).float(), targets))
-
-
-class Trained(NamedTuple):
-    """Where a run ended, the accuracy then, and the highest where this run and not an earlier part reached it."""
-
-    position: Position
-    last: Accuracy
-    best: Accuracy | None
 
 
 class LabelledBatches:
@@ -119,54 +100,9 @@ class LabelledBatches:
         device = self._fabric.device
         return batch["images"].to(device, non_blocking=True), batch["labels"].to(device, non_blocking=True)
 
-
-def train_classifier(
-    fabric: Fabric,
-    wrapped: _FabricModule,
-    optimizer: _FabricOptimizer,
-    schedule: Scheduler,
-    batches: LabelledBatches,
-    plan: Plan,
-    checkpoints: CheckpointFolder,
-    write_model: Callable[[Path], None],
-    log: RunLog,
-    restored: dict[str, Any] | None,
-    judged: nn.Module,
-    save_best: Callable[[], None] = lambda: None,
-    best_top1: float = -1.0,
-    evaluate_every_epochs: int = 1,
-    after_step: Callable[[int], None] = lambda step: None,
-) -> Trained:
-    """Train to the end of the plan, see `convmae.training.loop.train`, with evaluations after epochs.
-
-    judged: images -> logits, what is evaluated. save_best: called in one process whenever its top-1 is the highest yet,
-    of a resumed run higher than best_top1.
-    """
-    accuracy: Accuracy | None = None
-    best: Accuracy | None = None
-
-    def after_epoch(epoch: int) -> None:
-        nonlocal best_top1, accuracy, best
-        if message := batches.failures.warning():
-            log.say(message, style="bold red")
-        if (epoch + 1) % evaluate_every_epochs and epoch + 1 < plan.epochs:
-            return
-        accuracy = evaluate(fabric, judged, batches.validation(), batches.num_classes)
+    def judge(self, model: nn.Module) -> Accuracy:
+        """How good `model` (images -> logits) is on the validation images of all processes."""
+        accuracy = evaluate(self._fabric, model, self.validation(), self.num_classes)
         if not accuracy.confusion.sum():
             raise UserError("no validation image can be decoded: check the files")
-        if accuracy.top1 > best_top1:
-            best_top1, best = accuracy.top1, accuracy
-            if fabric.is_global_zero:
-                save_best()
-        figures = {"top1": accuracy.top1, "top5": accuracy.top5, "validation_loss": accuracy.loss}
-        log.evaluation((epoch + 1) * plan.steps_per_epoch, epoch, figures)
-        fabric.barrier()
-
-    position = train(
-        fabric, wrapped, optimizer, schedule, batches.training, plan, checkpoints, write_model, log, restored,
-        after_epoch, after_step,
-    )  # fmt: skip
-    if accuracy is None:  # resumed after its last step
-        after_epoch(plan.epochs - 1)
-    assert accuracy is not None
-    return Trained(position, accuracy, best)
+        return accuracy

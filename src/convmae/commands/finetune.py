@@ -13,13 +13,14 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from convmae import weights as weights_files
-from convmae.commands.classification import LabelledBatches, Supervised, train_classifier
+from convmae.commands.classification import LabelledBatches, Supervised
+from convmae.commands.supervised import best_score_before, train_and_judge
 from convmae.data.augmentation import AugmentationOptions
 from convmae.data.failures import DecodingFailures
 from convmae.data.labelled import open_labelled_images
 from convmae.data.sampler import mixed_seed
 from convmae.errors import UserError
-from convmae.evaluation.accuracy import Accuracy, evaluate
+from convmae.evaluation.accuracy import Accuracy
 from convmae.models.classifier import Classifier
 from convmae.models.registry import create_classifier, fill, load_classifier
 from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state, replace_file
@@ -207,15 +208,15 @@ def finetune(
     )
     began = time.monotonic()
     try:
-        trained = train_classifier(
-            fabric, wrapped, wrapped_optimizer, schedule, batches, plan, checkpoints, write_model, log, restored,
-            judged, lambda: replace_file(best, lambda path: _save(path, judged)), _best_top1(output, best, restored),
-            evaluate_every_epochs, after_step,
+        trained = train_and_judge(
+            fabric, wrapped, wrapped_optimizer, schedule, batches.training, plan, checkpoints, write_model, log,
+            restored, lambda: batches.judge(judged), failures, lambda: replace_file(best, lambda path: _save(path, judged)),
+            best_score_before(output, best, restored, "top1"), evaluate_every_epochs, after_step,
         )  # fmt: skip
         accuracy = trained.best
         if accuracy is None:
             fill(judged, weights_files.read(best)[0])
-            accuracy = evaluate(fabric, judged, batches.validation(), len(classes))
+            accuracy = batches.judge(judged)
     finally:
         log.finish()
     return _finish(log, output, best.parent, accuracy, classes, trained.position, time.monotonic() - began)
@@ -241,14 +242,6 @@ def _network(
         nn.init.trunc_normal_(cast(nn.Linear, network.head).weight, std=2e-5)
     network.classes = classes
     return network
-
-
-def _best_top1(output: Path, best: Path, restored: dict[str, Any] | None) -> float:
-    """The top-1 that a resumed run must exceed to replace its best model; below 0 where it has none."""
-    if restored is None or not best.exists():
-        return -1.0
-    before = [record for record in read_metrics(output) if record["step"] <= restored["step"]]
-    return max((record["top1"] for record in before if "top1" in record), default=-1.0)
 
 
 def _average(network: Classifier, decay: float | None, checkpoint: Path | None) -> ModelEmaV3 | None:

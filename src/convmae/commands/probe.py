@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from convmae import weights as weights_files
-from convmae.commands.classification import LabelledBatches, Supervised, train_classifier
+from convmae.commands.classification import LabelledBatches, Supervised
+from convmae.commands.supervised import train_and_judge
 from convmae.data.augmentation import NO_AUGMENTATION, CenterCrop
 from convmae.data.failures import DecodingFailures
 from convmae.data.labelled import open_labelled_images
@@ -277,8 +278,9 @@ def _published(
     )
     began = time.monotonic()
     try:
-        accuracy = train_classifier(
-            fabric, wrapped, wrapped_optimizer, schedule, batches, plan, checkpoints, write_head, log, restored, probed,
+        accuracy = train_and_judge(
+            fabric, wrapped, wrapped_optimizer, schedule, batches.training, plan, checkpoints, write_head, log,
+            restored, lambda: batches.judge(probed), failures,
         ).last  # fmt: skip
     finally:
         log.finish()

@@ -22,6 +22,16 @@ class Accuracy:
     loss: float
     confusion: Tensor
 
+    @property
+    def score(self) -> float:
+        """What makes one model better than another."""
+        return self.top1
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What a run's log keeps."""
+        return {"top1": self.top1, "top5": self.top5, "validation_loss": self.loss}
+
     def per_class(self) -> Tensor:
         """Share of each class's images that were recognised, (N,); not a number for a class without images."""
         return self.confusion.diagonal() / self.confusion.sum(dim=1)

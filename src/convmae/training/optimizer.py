@@ -1,10 +1,12 @@
-"""The recipes' optimisers with their parameter groups, and a cosine schedule with warm-up, stepped each iteration."""
+"""The recipes' optimisers with their parameter groups, and schedules with warm-up, stepped each iteration."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from convmae.errors import UserError
@@ -45,6 +47,26 @@ class LayerDecayOptions(OptimizerOptions):
 
 
 @dataclass(frozen=True)
+class DetectionOptimizerOptions(LayerDecayOptions):
+    """AdamW and its schedule; the defaults are those of the paper's detector."""
+
+    base_lr: float = 6.4e-4
+    """Learning rate for a batch of 256 images; it grows linearly with the batch: 8e-5 for the paper's 32."""
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up from 0; by default an eighth of an epoch, as published for COCO."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    weight_decay: float = 0.1
+    """Of all weights but biases, norms and positions."""
+    layer_decay: float = 1.0
+    """Each layer of the encoder learns at this times the rate of the layer above it; 1 for the same rate everywhere."""
+    schedule: Literal["cosine", "steps"] = "cosine"
+    """A cosine, or a tenth of the rate from each of two points on."""
+    steps_at: tuple[float, float] = (163_889 / 184_375, 177_546 / 184_375)
+    """These two points, as shares of the run."""
+
+
+@dataclass(frozen=True)
 class LarsOptions:
     """LARS and its schedule; the defaults are those of the paper's linear probe."""
 
@@ -82,17 +104,28 @@ def build_lars(layer: nn.Linear, options: LarsOptions, batch_size: int) -> Lars:
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, options: OptimizerOptions | LarsOptions, epochs: int, steps_per_epoch: int
-) -> CosineLRScheduler:
-    """Linear warm-up from 0, then a cosine to `min_lr`; `step_update(step)` before each step.
+) -> Scheduler:
+    """Linear warm-up from 0, then a cosine to `min_lr` or two steps; `step_update(step)` before each step.
 
-    Raises UserError if the warm-up is not shorter than the run.
+    Raises UserError if the warm-up is not shorter than the run, or the steps are not in it.
     """
-    usual = 5 if isinstance(options, LayerDecayOptions) else 10 if isinstance(options, LarsOptions) else 40
-    warmup_epochs = min(usual, epochs / 5) if options.warmup_epochs is None else options.warmup_epochs
+    warmup_epochs = min(_usual_warmup(options), epochs / 5) if options.warmup_epochs is None else options.warmup_epochs
     warmup, total = round(warmup_epochs * steps_per_epoch), epochs * steps_per_epoch
     if not 0 <= warmup < total:
         raise UserError(
             f"a warm-up of {warmup_epochs:g} epochs does not fit a run of {epochs}: lower --optimizer.warmup_epochs"
+        )
+    if isinstance(options, DetectionOptimizerOptions) and options.schedule == "steps":
+        first, second = options.steps_at
+        if not 0 < first <= second < 1:
+            raise UserError(f"steps_at {options.steps_at} are no shares of the run: choose 0 < first <= second < 1")
+        return MultiStepLRScheduler(
+            optimizer,
+            decay_t=[round(share * total) + 1 for share in (first, second)],  # timm steps one iteration before
+            decay_rate=0.1,
+            warmup_t=warmup,
+            warmup_prefix=False,
+            t_in_epochs=False,
         )
     return CosineLRScheduler(
         optimizer,
@@ -102,3 +135,10 @@ def build_schedule(
         warmup_prefix=True,
         t_in_epochs=False,
     )
+
+
+def _usual_warmup(options: OptimizerOptions | LarsOptions) -> float:
+    """Epochs of warm-up of a long run, as published."""
+    if isinstance(options, DetectionOptimizerOptions):
+        return 0.125
+    return 5 if isinstance(options, LayerDecayOptions) else 10 if isinstance(options, LarsOptions) else 40
