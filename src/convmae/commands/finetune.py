@@ -210,7 +210,8 @@ def finetune(
     try:
         trained = train_and_judge(
             fabric, wrapped, wrapped_optimizer, schedule, batches.training, plan, checkpoints, write_model, log,
-            restored, lambda: batches.judge(judged), failures, lambda: replace_file(best, lambda path: _save(path, judged)),
+            restored, lambda: batches.judge(judged), failures,
+            lambda: replace_file(best, lambda path: _save(path, judged)),
             best_score_before(output, best, restored, "top1"), evaluate_every_epochs, after_step,
         )  # fmt: skip
         accuracy = trained.best

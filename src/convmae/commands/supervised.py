@@ -95,7 +95,7 @@ def train_and_judge(
 
 
 def best_score_before(output: Path, best: Path, restored: dict[str, Any] | None, figure: str) -> float:
-    """What a resumed run must exceed to replace its best model, by its `figure` in the log; below 0 where it has none."""
+    """What a resumed run must exceed to replace its best model, a `figure` of its log; below 0 where it has none."""
     if restored is None or not best.exists():
         return -1.0
     before = [record for record in read_metrics(output) if record["step"] <= restored["step"]]
