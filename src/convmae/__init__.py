@@ -18,6 +18,7 @@ from convmae.models.registry import (
 )
 
 if TYPE_CHECKING:
+    from convmae.commands import detect
     from convmae.commands.bench import bench
     from convmae.commands.embed import embed
     from convmae.commands.export import export
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from convmae.commands.pretrain import pretrain
     from convmae.commands.probe import probe
     from convmae.commands.reconstruct import reconstruct
+    from convmae.commands.scenes import scenes
     from convmae.commands.visualise import visualise
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "create_autoencoder",
     "create_classifier",
     "create_detector",
+    "detect",
     "embed",
     "export",
     "finetune",
@@ -52,6 +55,7 @@ __all__ = [
     "pretrain",
     "probe",
     "reconstruct",
+    "scenes",
     "visualise",
 ]
 
@@ -59,5 +63,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The commands, imported at first use: their engine takes as long to import as torch."""
     if name in __all__:  # what the imports above have not bound
-        return getattr(import_module(f"convmae.commands.{name}"), name)
+        module = import_module(f"convmae.commands.{name}")
+        return getattr(module, name, module)  # a command with subcommands is the module that holds them
     raise AttributeError(f"module 'convmae' has no attribute '{name}'")

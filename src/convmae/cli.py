@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 from rich.console import Console
 from rich.logging import RichHandler
 
+from convmae.commands import detect
 from convmae.commands.bench import bench
 from convmae.commands.embed import embed
 from convmae.commands.export import export
@@ -26,6 +27,7 @@ from convmae.commands.predict import predict
 from convmae.commands.pretrain import pretrain
 from convmae.commands.probe import probe
 from convmae.commands.reconstruct import reconstruct
+from convmae.commands.scenes import scenes
 from convmae.commands.visualise import visualise
 from convmae.errors import UserError
 from convmae.training.loop import Interrupted
@@ -36,13 +38,21 @@ COMMANDS: dict[str, Any] = {
     "probe": probe,
     "finetune": finetune,
     "predict": predict,
+    "detect": {
+        "_help": "Detect objects and their masks: train a detector, judge it, put it to use.",
+        "train": detect.train,
+        "eval": detect.evaluate,
+        "predict": detect.predict,
+    },
     "embed": embed,
     "neighbours": neighbours,
     "visualise": visualise,
     "export": export,
+    "scenes": scenes,
     "info": info,
     "bench": bench,
 }
+"""A function, or the functions of its subcommands with a sentence of help."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -80,7 +90,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # Options of a command come as `pretrain.data`; the user types `--data`.
-        message = re.sub(rf"\b({'|'.join(COMMANDS)})\.(?=\w)", "--", message)
+        message = re.sub(rf"\b({'|'.join(map(re.escape, _functions()))})\.(?=\w)", "--", message)
         wrong_value = re.search(r'Parser key "([\w.]+)".*(?:Got|Given) value: (.*)', message, re.DOTALL)
         if wrong_value:
             message = f"--{wrong_value[1].replace('_', '-')} cannot be '{wrong_value[2].strip()}'"
@@ -104,13 +114,15 @@ def _friendly(arguments: list[str]) -> list[str]:
 
     The configuration moves to the front, so that flags win on either side of it.
     """
-    if not arguments or arguments[0] not in COMMANDS:
+    functions = _functions()
+    depth = next((depth for depth in (1, 2) if ".".join(arguments[:depth]) in functions), None)
+    if depth is None:
         return arguments
-    command, switches = arguments[0], _switches(COMMANDS[arguments[0]])
+    command, switches = arguments[:depth], _switches(functions[".".join(arguments[:depth])])
     configuration: list[str] = []
     flags: list[str] = []
-    rest = iter(arguments[1:])
-    following = iter([*arguments[2:], "--"])
+    rest = iter(arguments[depth:])
+    following = iter([*arguments[depth + 1 :], "--"])
     for argument, after in zip(rest, following, strict=False):
         name, equals, value = argument.partition("=")
         if not name.startswith("--"):
@@ -125,7 +137,7 @@ def _friendly(arguments: list[str]) -> list[str]:
             flags.append(f"{name}=true")
         else:
             flags.append(name + equals + value)
-    return [command, *configuration, *flags]
+    return [*command, *configuration, *flags]
 
 
 def _recipe(name: str) -> str:
@@ -140,6 +152,17 @@ def _recipe(name: str) -> str:
     if not isinstance(settings, dict):
         raise UserError(f"{name} is no configuration: it needs lines such as `model: base`, in YAML")
     return str(path)
+
+
+def _functions() -> dict[str, Any]:
+    """The commands' functions, subcommands' under names such as detect.train."""
+    found = {}
+    for name, command in COMMANDS.items():
+        if isinstance(command, dict):
+            found |= {f"{name}.{part}": function for part, function in command.items() if part != "_help"}
+        else:
+            found[name] = command
+    return found
 
 
 def _switches(function: Any) -> set[str]:

@@ -1,10 +1,13 @@
-"""Pictures: reconstructions, the curves of a run, confusion matrices, features, neighbours."""
+"""Pictures: reconstructions, the curves of a run, confusion matrices, features, neighbours, detections."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -12,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 _GREY = 0.5  # colour of masked places
+_ACCURACY = {"top1": "top-1", "top5": "top-5"}  # figures of a classifier's evaluations, and their labels
+_DRAWN_SIDE = 6.0  # inches of a picture with detections, longer side
 _ROBUST = (0.01, 0.99)  # quantiles that become the darkest and brightest, so that outliers do not
 
 
@@ -42,9 +47,17 @@ def reconstruction_picture(
     _save(figure, path)
 
 
-def loss_curve(path: str | Path, metrics: Sequence[Mapping[str, float]]) -> None:
-    """Save loss and learning rate over the steps of a run, below them the validation accuracy where there is one."""
-    evaluations = [record for record in metrics if "top1" in record]
+def loss_curve(
+    path: str | Path,
+    metrics: Sequence[Mapping[str, float]],
+    judged: Mapping[str, str] = _ACCURACY,
+    judged_label: str = "validation accuracy (%)",
+) -> None:
+    """Save loss and learning rate over the steps of a run, below them what its evaluations found, where it has some.
+
+    judged: labels of the figures of evaluations, shares in [0, 1].
+    """
+    evaluations = [record for record in metrics if judged.keys() <= record.keys()]
     figure = Figure(figsize=(7.5, 7 if evaluations else 4), layout="constrained")
     left, *below = figure.subplots(2 if evaluations else 1, 1, squeeze=False, sharex=True)[:, 0]
     logged = [record for record in metrics if "loss" in record]
@@ -56,9 +69,9 @@ def loss_curve(path: str | Path, metrics: Sequence[Mapping[str, float]]) -> None
     right.plot(steps, [record["lr"] for record in logged], marker=markers[1], color="tab:orange", linewidth=0.8)
     right.set_ylabel("learning rate", color="tab:orange")
     for axes in below:
-        for name, label in (("top1", "top-1"), ("top5", "top-5")):
+        for name, label in judged.items():
             axes.plot([r["step"] for r in evaluations], [100 * r[name] for r in evaluations], marker=".", label=label)
-        axes.set_ylabel("validation accuracy (%)")
+        axes.set_ylabel(judged_label)
         axes.legend()
     (below or [left])[-1].set_xlabel("step")
     _save(figure, path)
@@ -144,6 +157,56 @@ def encoder_picture(
             cell.add_patch(Rectangle(corner, side[1], side[0], fill=False, edgecolor="black", linewidth=2.4))
             cell.add_patch(Rectangle(corner, side[1], side[0], fill=False, edgecolor="white", linewidth=1.2))
     _save(figure, path)
+
+
+class DrawnPicture(NamedTuple):
+    """A picture with objects on it."""
+
+    image: Tensor
+    """Colours in [0, 1], (C, H, W)."""
+    objects: Mapping[str, Tensor]
+    """"boxes" (N, 4), left, top, right, bottom in pixels, "labels" (N,) from 1, "masks" (N, H, W), perhaps "scores"."""
+    title: str
+
+
+def detection_picture(path: str | Path, rows: Sequence[Sequence[DrawnPicture]], classes: Sequence[str]) -> None:
+    """Save rows of pictures with the boxes, masks, names and scores of their objects; a colour stands for a class."""
+    columns = max(len(row) for row in rows)
+    shares = [max(one.image.shape[1] / one.image.shape[2] for one in row) for row in rows]
+    side = _DRAWN_SIDE if len(rows) * columns == 1 else 3.6
+    figure = Figure(figsize=(side * columns, side * sum(shares) + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"height_ratios": shares})
+    for cells, row in zip(axes, rows, strict=True):
+        for cell in cells:
+            cell.set_axis_off()
+        for cell, one in zip(cells, row, strict=False):
+            height, width = one.image.shape[1:]
+            cell.imshow(_as_colours(one.image), cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
+            cell.set_title(one.title, fontsize=9, parse_math=False)
+            _draw_objects(cell, one.objects, classes)
+            cell.set_xlim(0, width)
+            cell.set_ylim(height, 0)
+    _save(figure, path)
+
+
+def _draw_objects(cell: Axes, objects: Mapping[str, Tensor], classes: Sequence[str]) -> None:
+    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    scores = objects.get("scores")
+    masks = objects["masks"].numpy().astype(bool)
+    for number, (box, label) in enumerate(zip(objects["boxes"].tolist(), objects["labels"].tolist(), strict=True)):
+        left, top, right, bottom = box
+        colour = colours[(label - 1) % len(colours)]
+        height, width = masks[number].shape
+        layer = np.zeros((height, width, 4))
+        layer[masks[number]] = (*colour, 0.45)
+        cell.imshow(layer, extent=(0, width, height, 0), interpolation="nearest")
+        cell.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.5))
+        name = classes[label - 1] + ("" if scores is None else f" {scores[number]:.2f}")
+        beside = "bottom" if top > 0.06 * height else "top"  # inside the picture
+        cell.text(
+            max(left, 0), max(top, 0), name, fontsize=7, color="white", va=beside, parse_math=False, clip_on=True,
+            bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
+        )  # fmt: skip
 
 
 def _as_colours(image: Tensor) -> np.ndarray:

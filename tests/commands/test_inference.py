@@ -73,7 +73,7 @@ def test_batches_know_where_they_stand_and_what_was_damaged(photographs, autoenc
     pictures = open_pictures(str(tmp_path / "images"))
     for index in (1, 4, 5, 8, 9):
         (tmp_path / pictures.picture_name(index)).write_bytes(b"no picture")
-    batches = OrderedBatches(model, pictures, 2, True, "test", first=2)
+    batches = OrderedBatches(model, model.center_crop, pictures, 2, True, "test", first=2)
     seen = [(b["indices"].tolist(), b["position"], len(b["failed"])) for b in batches]
     assert seen == [([2, 3], 4, 0), ([6, 7], 8, 2)]  # the last batch has no image that could be decoded
     assert [failure.partition(":")[0] for failure in batches.damaged] == [
@@ -87,4 +87,5 @@ def test_impossible_settings_are_one_line(photographs, autoencoder_file, tmp_pat
     with pytest.raises(convmae.UserError, match="no weights at"):
         load_trained(tmp_path / "nothing", None, None, CPU)
     with pytest.raises(convmae.UserError, match="at least 1"):
-        OrderedBatches(load_trained(autoencoder_file, None, None, CPU), open_pictures("demo"), 0, False, "test")
+        model = load_trained(autoencoder_file, None, None, CPU)
+        OrderedBatches(model, model.center_crop, open_pictures("demo"), 0, False, "test")

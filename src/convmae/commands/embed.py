@@ -87,7 +87,7 @@ def embed(
     console = Console(stderr=True, highlight=False)
     if parts.position:
         console.print(f"going on at image {parts.position} of {len(names)}", soft_wrap=True)
-    batches = OrderedBatches(model, pictures, batch_size, skip_damaged, "embedding", parts.position)
+    batches = OrderedBatches(model, model.center_crop, pictures, batch_size, skip_damaged, "embedding", parts.position)
     try:
         for features, batch in extract_features(model.fabric, model.network, batches, _STAGES[stage]):
             parts.add(features, batch["indices"], batch["position"], batch["failed"])

@@ -5,7 +5,7 @@ Images are seen as in validation, in order: the shorter side resized, a centre c
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,35 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from convmae import weights as weights_files
 from convmae.data.augmentation import CenterCrop
 from convmae.data.demo import demo_photographs
-from convmae.data.loading import build_evaluation_loader
+from convmae.data.loading import Transform, build_evaluation_loader
 from convmae.data.sources import EXTENSIONS, ImageCollection, open_files, open_images
 from convmae.errors import UserError
 from convmae.models.classifier import Classifier
+from convmae.models.detector import Detector
 from convmae.models.encoder import grid_of
-from convmae.models.registry import load_classifier
+from convmae.models.registry import load, load_classifier
 from convmae.training.engine import DeviceOptions, loader_workers, start_engine
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
-class TrainedModel:
+class Trained:
     """A frozen model on its device."""
 
-    network: Classifier
+    network: Any
     fabric: Fabric
     file: Path
     """Where its weights came from."""
     workers: int
     """Processes that load images for it."""
+
+
+@dataclass(frozen=True)
+class TrainedModel(Trained):
+    """A frozen classifier, or the encoder of one."""
+
+    network: Classifier
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -87,6 +95,24 @@ def load_trained(
     return TrainedModel(network, fabric, file, loader_workers(engine, fabric))
 
 
+@dataclass(frozen=True)
+class TrainedDetector(Trained):
+    """A frozen detector on its device."""
+
+    network: Detector
+
+
+def load_trained_detector(weights: Path, engine: DeviceOptions) -> TrainedDetector:
+    """The detector of a run or weights file, frozen, on the device that `engine` names."""
+    file = weights_files.locate(Path(weights))  # Python callers may pass a string
+    network = load(file)
+    if not isinstance(network, Detector):
+        raise UserError(f"{weights} holds no detector: train one first, with convmae detect train")
+    fabric = start_engine(engine)
+    network.to(fabric.device).eval().requires_grad_(False)
+    return TrainedDetector(network, fabric, file, loader_workers(engine, fabric))
+
+
 def open_pictures(images: str | Path, split: str = "train") -> ImageCollection:
     """An image, a folder of images at any depth, `hfds/NAME`, or the `demo` photographs.
 
@@ -123,21 +149,25 @@ class OrderedBatches:
 
     def __init__(
         self,
-        model: TrainedModel,
+        model: Trained,
+        transform: Transform,
         pictures: ImageCollection,
         batch_size: int,
         skip_damaged: bool,
         description: str,
         first: int = 0,
+        collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     ) -> None:
+        """transform, collate_fn: see `build_evaluation_loader`."""
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1")
         self.damaged: list[str] = []
         self._description, self._first, self._batch_size, self._total = description, first, batch_size, len(pictures)
         self._loader = build_evaluation_loader(
             pictures,
-            model.center_crop,
+            transform,
             batch_size=batch_size,
+            collate_fn=collate_fn,
             skip_damaged=skip_damaged,
             # For one batch a process is not worth starting.
             num_workers=model.workers if self._total - first > batch_size else 0,

@@ -1,6 +1,7 @@
 """`convmae info`: what a model weighs and costs."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -10,8 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from convmae.benchmarks.arithmetic import count_macs
 from convmae.models.autoencoder import ConvMAE
-from convmae.models.registry import create_autoencoder, create_classifier
+from convmae.models.encoder import height_and_width
+from convmae.models.registry import create_autoencoder, create_classifier, create_detector
 
 # Rows of the table -> the modules whose arithmetic and parameters they count.
 PARTS = {
@@ -41,24 +44,44 @@ class Info:
     """Kept for the backward pass for each image of a batch, in float32, as on a GPU; about half in bf16."""
 
 
+@dataclass(frozen=True)
+class DetectorInfo:
+    """What `info` prints of a detector, by part and in total. GMAC: billions of multiply-accumulates, one image."""
+
+    parameters: dict[str, int]
+    gmac: dict[str, float]
+
+
 def info(
     model: str = "base",
-    image_size: int | tuple[int, int] = 224,
+    task: Literal["pretraining", "detection"] = "pretraining",
+    image_size: int | tuple[int, int] | None = None,
     in_channels: int = 3,
     mask_ratio: float = 0.75,
     kernel_size: int = 5,
     multi_scale: bool = True,
-) -> Info:
-    """Show parameters, arithmetic by part (dense and visible-only) and memory of a model.
+    form: Literal["paper", "vitdet"] = "paper",
+    num_classes: int = 80,
+) -> Info | DetectorInfo:
+    """Show parameters and arithmetic by part of a model, in pretraining dense and visible-only, and its memory.
 
     Args:
         model: size: tiny, small, base, large or huge.
-        image_size: pixels, one number or [height, width], multiples of 16.
+        task: pretraining, or detection for the Mask R-CNN.
+        image_size: pixels, one number or [height, width], multiples of 16; by default 224, for detection 1024.
         in_channels: channels of the images.
         mask_ratio: fraction of tokens masked, inside (0, 1).
         kernel_size: of the depthwise convolutions.
         multi_scale: fuse stages 1 and 2 into the latent (multi-scale decoder).
+        form: of the detector.
+        num_classes: of the detector.
     """
+    if task == "detection":
+        size = height_and_width(image_size or 1024)
+        detector = _inspect_detector(model, size, in_channels, kernel_size, form, num_classes)
+        _print_detector(detector, f"convmae {model}, Mask R-CNN, {form} form, {size[0]}x{size[1]}, one image")
+        return detector
+    image_size = image_size or 224
     settings = {
         "image_size": image_size,
         "in_channels": in_channels,
@@ -95,6 +118,48 @@ def info(
     )
     _print(result, model, image_size)
     return result
+
+
+@torch.no_grad()
+def _inspect_detector(
+    model: str, image_size: tuple[int, int], in_channels: int, kernel_size: int, form: str, num_classes: int
+) -> DetectorInfo:
+    """Count a detector that keeps all its proposals and all its detections."""
+    with torch.device("meta"):
+        detector = create_detector(
+            model,
+            image_size=image_size,
+            in_channels=in_channels,
+            kernel_size=kernel_size,
+            form=form,
+            num_classes=num_classes,
+        )
+        image = torch.empty(1, in_channels, *image_size)
+        width = detector.settings["head_width"]
+        regions = torch.empty(detector.settings["proposals"], width, 7, 7)
+        detections = torch.empty(detector.roi_heads.detections_per_img, width, 14, 14)
+    encoder, heads = detector.encoder, detector.roi_heads
+    maps = encoder.forward_intermediates(image, intermediates_only=True)
+    levels = list(detector.pyramid(maps).values())
+    relative = sum(p.numel() for name, p in encoder.named_parameters() if "positions." in name)
+    parameters = {
+        "encoder": _parameters(encoder) - relative,
+        "relative positions": relative,
+        "pyramid": _parameters(detector.pyramid),
+        "proposals": _parameters(detector.rpn),
+        "boxes": _parameters(heads.box_head) + _parameters(heads.box_predictor),
+        "masks": _parameters(heads.mask_head) + _parameters(heads.mask_predictor),
+        "total": _parameters(detector),
+    }
+    macs = {
+        "encoder": count_macs(lambda: encoder(image)),
+        "pyramid": count_macs(lambda: detector.pyramid(maps)),
+        "proposals": count_macs(lambda: detector.rpn.head(levels)),
+        "boxes": count_macs(lambda: heads.box_predictor(heads.box_head(regions))),
+        "masks": count_macs(lambda: heads.mask_predictor(heads.mask_head(detections))),
+    }
+    gmac = {part: count / 1e9 for part, count in macs.items()}
+    return DetectorInfo(parameters, {**gmac, "total": sum(gmac.values())})
 
 
 def _on_meta(model: str, **settings) -> ConvMAE:
@@ -159,6 +224,20 @@ def _trained(module: nn.Module) -> int:
 
 def _frozen(module: nn.Module) -> int:
     return _parameters(module) - _trained(module)
+
+
+def _print_detector(result: DetectorInfo, title: str) -> None:
+    table = Table("part")
+    for name in ("parameters (M)", "GMAC"):
+        table.add_column(name, justify="right")
+    for part, count in result.parameters.items():
+        if part == "total":
+            table.add_section()
+        gmac = f"{result.gmac[part]:.1f}" if part in result.gmac else ""
+        table.add_row(part, f"{count / 1e6:.2f}", gmac)
+    console = Console()
+    console.print(title)
+    console.print(table)
 
 
 def _print(result: Info, model: str, image_size: int | tuple[int, int]) -> None:

@@ -116,7 +116,7 @@ def _pooled(
     model: TrainedModel, pictures: ImageCollection, batch_size: int, skip_damaged: bool, description: str
 ) -> tuple[list[int], Tensor]:
     """Numbers of the images that can be decoded, N of them, and their pooled features (N, C)."""
-    batches = OrderedBatches(model, pictures, batch_size, skip_damaged, description)
+    batches = OrderedBatches(model, model.center_crop, pictures, batch_size, skip_damaged, description)
     numbers: list[int] = []
     features = []
     for some, batch in extract_features(model.fabric, model.network, batches):

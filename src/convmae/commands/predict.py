@@ -67,7 +67,7 @@ def predict(
     if not network.num_classes:
         raise UserError(f"{weights} has no classification head: fine-tune first, with convmae finetune")
     classes = network.classes or [str(number) for number in range(network.num_classes)]
-    batches = OrderedBatches(model, pictures, batch_size, skip_damaged, "predicting")
+    batches = OrderedBatches(model, model.center_crop, pictures, batch_size, skip_damaged, "predicting")
     predictions = []
     for batch in batches:
         with model.fabric.autocast():

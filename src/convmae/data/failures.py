@@ -9,11 +9,11 @@ _ENOUGH = 100  # images before a share means anything
 
 
 class DecodingFailures:
-    """Counts failures and lists each image once in `undecodable-images.txt` of the run's folder."""
+    """Counts failures and lists each image once in `undecodable-images.txt` of the run's folder, its `path`."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / FAILURES_FILE
-        self._listed = set(self._path.read_text().splitlines()) if self._path.exists() else set()
+        self.path = folder / FAILURES_FILE
+        self._listed = set(self.path.read_text().splitlines()) if self.path.exists() else set()
         self._decoded = self._failed = 0
 
     def record(self, decoded: int, failed: Sequence[str]) -> None:
@@ -23,8 +23,8 @@ class DecodingFailures:
         new = [failure for failure in dict.fromkeys(failed) if failure not in self._listed]
         if new:
             self._listed.update(new)
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
                 file.writelines(f"{failure}\n" for failure in new)
 
     @property
@@ -37,4 +37,4 @@ class DecodingFailures:
         seen = self._decoded + self._failed
         if seen < _ENOUGH or self._failed <= _MANY * seen:
             return None
-        return f"{100 * self._failed / seen:.0f}% of the images cannot be decoded: see {self._path}"
+        return f"{100 * self._failed / seen:.0f}% of the images cannot be decoded: see {self.path}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from convmae import weights
 from convmae.errors import UserError
-from convmae.models.encoder import LAYERS_BEFORE_TRANSFORMER, ConvViT
+from convmae.models.encoder import LAYERS_BEFORE_TRANSFORMER, ConvViT, height_and_width
 from convmae.models.fitting import fit
 from convmae.models.layers import initialise_linear
 
@@ -59,7 +59,7 @@ class Classifier(nn.Module):
         self.in_chans = in_channels  # timm's name
         self.num_features = self.head_hidden_size = widths[2]
         self.encoder = ConvViT(
-            _height_and_width(image_size), in_channels, widths, depths, num_heads, mlp_ratio, kernel_size, drop_path
+            height_and_width(image_size), in_channels, widths, depths, num_heads, mlp_ratio, kernel_size, drop_path
         )
         self.encoder.pos_embed.requires_grad_(True)
         self.global_pool = global_pool
@@ -170,7 +170,7 @@ class Classifier(nn.Module):
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """Resize the table of positions for good; other sizes work without, resized in every forward pass."""
-        self.encoder.set_input_size(_height_and_width(img_size))
+        self.encoder.set_input_size(height_and_width(img_size))
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Classifier) -> weights.StateDict:
@@ -214,7 +214,3 @@ def _fit_before_loading(model: Classifier, state: dict[str, Any], prefix: str, *
     for name in given:
         del state[prefix + name]
     state.update({prefix + name: value for name, value in fitting.items()})
-
-
-def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    return (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])

@@ -143,7 +143,7 @@ class Detector(nn.Module):
     pos_embed_size: height and width of the images that the table of absolute positions is for, those of pretraining.
     head_width: channels of the pyramid and of the convolutions in the heads. box_width: of the box head's linear layer.
     anchor_sizes: sides of the anchors in pixels, one a level; three aspect ratios each.
-    proposals, rois: in training, boxes that the first stage proposes for an image, and of these the ones that the
+    proposals, rois: boxes that the first stage proposes for an image, and of these in training the ones that the
         second learns from.
     """
 
@@ -222,8 +222,8 @@ class Detector(nn.Module):
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": 2 * proposals, "testing": 1000},
-            post_nms_top_n={"training": proposals, "testing": 1000},
+            pre_nms_top_n={"training": 2 * proposals, "testing": proposals},
+            post_nms_top_n={"training": proposals, "testing": proposals},
             nms_thresh=0.7,
         )
         convolutions = [head_width] * 4

@@ -377,3 +377,8 @@ def resized_pos_embed(pos_embed: Tensor, grid: Grid) -> Tensor:
     if pos_embed.shape[1:3] == grid:  # timm looks at this too, but never while exporting
         return pos_embed
     return resample_abs_pos_embed_nhwc(pos_embed, list(grid), antialias=False)
+
+
+def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """The two sides of an image size that may be one number."""
+    return (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])

@@ -1,0 +1,92 @@
+"""`convmae detect eval`: COCO's figures of a detector on annotated pictures."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import track
+
+from convmae.commands.detect.judgement import DetectionQuality, Judge, print_quality
+from convmae.commands.inference import checked_output, load_trained_detector, report_damaged
+from convmae.data.detection import find_coco, open_coco
+from convmae.errors import UserError
+from convmae.models.encoder import height_and_width
+from convmae.training.checkpoint import replace_file
+from convmae.training.engine import EngineOptions
+from convmae.training.run import check_positive
+
+
+def evaluate(
+    weights: Path,
+    data: Path | None = None,
+    split: Literal["train", "val"] = "val",
+    annotations: Path | None = None,
+    images: Path | None = None,
+    output: Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    batch_size: int = 8,
+    skip_damaged: bool = False,
+    engine: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
+) -> DetectionQuality:
+    """Judge a detector by the twelve COCO figures of its boxes and of its masks.
+
+    Args:
+        weights: a detector's run or weights file.
+        data: a folder in COCO's layout.
+        split: train or val, which of its two parts.
+        annotations: another file in COCO's format than that of data.
+        images: the folder of its pictures.
+        output: a JSON file for the detections, in COCO's format of results.
+        image_size: pixels into which pictures are fitted, one number or [height, width], multiples of 32; by default
+            that of the training.
+        batch_size: pictures at a time, of one process.
+        skip_damaged: leave out and list pictures that are missing or damaged and annotations that are broken instead of
+            stopping.
+        engine: devices and precision.
+
+    Raises UserError for weights without a detector, for other categories than the detector's, and for unreadable data.
+    """
+    check_positive(batch_size=batch_size)
+    if output is not None:
+        output = checked_output(output, (".json",))
+    file, folder = find_coco(None if data is None else Path(data), split, annotations, images)
+    source = open_coco(file, folder, skip_damaged)
+    model = load_trained_detector(weights, engine)
+    network, fabric = model.network, model.fabric
+    known = (network.settings["classes"], network.settings["category_ids"])
+    if known != (source.classes, source.category_ids):
+        raise UserError(f"{source.name} has other categories than the detector of {weights}: they cannot be compared")
+    damaged = list(source.left_out)
+    size = network.settings["image_size"] if image_size is None else height_and_width(image_size)
+    judge = Judge(
+        fabric,
+        source,
+        size,
+        network.settings["in_channels"],
+        lambda _, failed: damaged.extend(failed),
+        batch_size,
+        model.workers,
+        skip_damaged,
+    )
+    console = Console(stderr=True)
+    found = list(
+        track(
+            judge.detections(network),
+            description="detecting",
+            total=-(-len(source) // fabric.world_size),
+            console=console,
+            transient=True,
+            disable=not (console.is_terminal and fabric.is_global_zero),
+        )
+    )
+    results = judge.gathered(found)
+    quality = judge.quality(results)
+    if fabric.is_global_zero:
+        report_damaged(damaged)
+        print_quality(quality, source.classes, Console())
+        if output is not None:
+            text = json.dumps([result for _, of_image in results for result in of_image])
+            replace_file(output, lambda path: path.write_text(text))
+            Console().print(f"detections: {output}", markup=False, soft_wrap=True)
+    return quality

@@ -1,0 +1,153 @@
+"""`convmae detect predict`: what a detector finds in pictures, as COCO's results and drawn."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from convmae.commands.inference import OrderedBatches, load_trained_detector, open_pictures, report_damaged
+from convmae.data.detection import ResizeAndPad, collate_resized
+from convmae.data.images import decode_image
+from convmae.data.sources import ImageCollection
+from convmae.errors import UserError
+from convmae.evaluation.detection import coco_results
+from convmae.models.encoder import height_and_width
+from convmae.training.checkpoint import replace_file
+from convmae.training.engine import DeviceOptions
+from convmae.visualize import DrawnPicture, detection_picture
+
+RESULTS_FILE = "detections.json"
+_SHOWN = 20  # pictures in the table on the terminal
+
+
+@dataclass(frozen=True)
+class DetectionsResult:
+    """Where the detections are."""
+
+    results: Path
+    """JSON, in COCO's format of results; each entry has the picture's file_name, too."""
+    pictures: tuple[Path, ...]
+    """The drawn ones."""
+    count: int
+    """Detections that reach the threshold, in all pictures."""
+
+
+@torch.inference_mode()
+def predict(
+    images: str,
+    weights: Path,
+    output: Path = Path("detections"),
+    threshold: float = 0.5,
+    draw: int = 100,
+    annotations: Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    batch_size: int = 8,
+    split: str = "train",
+    skip_damaged: bool = False,
+    engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
+) -> DetectionsResult:
+    """Find objects in pictures: write COCO's results, and draw boxes, masks, names and scores.
+
+    Args:
+        images: an image, a folder of images at any depth, hfds/NAME, or demo.
+        weights: a detector's run or weights file.
+        output: a folder for detections.json and the drawn pictures.
+        threshold: score in [0, 1] from which a detection is drawn and counted; the file has all from 0.05 on.
+        draw: the most pictures to draw, the first ones; 0 for none.
+        annotations: a file in COCO's format whose image ids the results take, by the pictures' file names; by default
+            pictures are numbered from 1 on.
+        image_size: pixels into which pictures are fitted, one number or [height, width], multiples of 32; by default
+            that of the training.
+        batch_size: pictures at a time.
+        split: of a Hugging Face data set.
+        skip_damaged: leave out and list images that cannot be decoded instead of stopping.
+        engine: device and precision.
+
+    Raises UserError for weights without a detector, for unreadable images, and for those that `annotations` lacks.
+    """
+    if not 0 <= threshold <= 1 or draw < 0:
+        raise UserError("threshold is a score from 0 to 1, and draw at least 0: change them")
+    output = Path(output)  # Python callers may pass a string
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file: choose a folder for the detections")
+    pictures = open_pictures(images, split)
+    image_ids = _image_ids(pictures, annotations)
+    model = load_trained_detector(weights, engine)
+    network = model.network
+    size = network.settings["image_size"] if image_size is None else height_and_width(image_size)
+    (output / "pictures").mkdir(parents=True, exist_ok=True)
+    fit = ResizeAndPad(size, network.settings["in_channels"])
+    batches = OrderedBatches(model, fit, pictures, batch_size, skip_damaged, "detecting", collate_fn=collate_resized)
+    category_ids = network.settings["category_ids"] or range(1, network.num_classes + 1)
+    results: list[dict[str, Any]] = []
+    drawn: list[Path] = []
+    counts: dict[str, list[str]] = {}
+    for batch in batches:
+        with model.fabric.autocast():
+            found = network.detect(
+                batch["images"].to(model.fabric.device, non_blocking=True), batch["sizes"], batch["original_sizes"]
+            )
+        for index, detection in zip(batch["indices"].tolist(), found, strict=True):
+            name = pictures.picture_name(index)
+            results += [
+                {**result, "file_name": name} for result in coco_results(image_ids[index], detection, category_ids)
+            ]
+            kept = detection["scores"] >= threshold
+            certain = {key: value[kept].cpu() for key, value in detection.items()}
+            counts[name] = [network.classes[label - 1] for label in certain["labels"].tolist()]
+            if len(drawn) < draw:
+                path = output / "pictures" / f"{index + 1:06d}-{Path(name).stem[:60]}.png"
+                _draw(path, pictures, index, certain, network.classes)
+                drawn.append(path)
+    report_damaged(batches.damaged)
+    if not counts:
+        raise UserError(f"none of the images of {images} can be decoded: check the files")
+    text = json.dumps(results)
+    replace_file(output / RESULTS_FILE, lambda path: path.write_text(text))
+    _show(counts, threshold)
+    Console().print(
+        f"detections: {output / RESULTS_FILE}; {len(drawn)} pictures: {output / 'pictures'}"
+        + (f" (the first of {len(counts)}, more with --draw)" if 0 < len(drawn) < len(counts) else ""),
+        markup=False,
+        soft_wrap=True,
+    )
+    return DetectionsResult(output / RESULTS_FILE, tuple(drawn), sum(map(len, counts.values())))
+
+
+def _image_ids(pictures: ImageCollection, annotations: Path | None) -> list[int]:
+    """The number of each picture in COCO's results."""
+    if annotations is None:
+        return list(range(1, len(pictures) + 1))
+    try:
+        entries = json.loads(Path(annotations).read_bytes())["images"]
+        by_name = {Path(entry["file_name"]).name: entry["id"] for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{annotations} is no file in COCO's format: it needs images with id and file_name") from error
+    names = [Path(pictures.picture_name(index)).name for index in range(len(pictures))]
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise UserError(f"{annotations} lacks {len(unknown)} of the {len(names)} images, the first is {unknown[0]}")
+    return [by_name[name] for name in names]
+
+
+def _draw(path: Path, pictures: ImageCollection, index: int, detection: dict[str, Tensor], classes: list[str]) -> None:
+    with pictures.open(index) as file:
+        image = decode_image(file) / 255
+    detection_picture(path, [[DrawnPicture(image, detection, "")]], classes)
+
+
+def _show(counts: dict[str, list[str]], threshold: float) -> None:
+    table = Table("image", f"detections of score {threshold:g} or more")
+    table.columns[0].overflow = "fold"
+    for name, found in list(counts.items())[:_SHOWN]:
+        numbers = {label: found.count(label) for label in dict.fromkeys(found)}
+        table.add_row(Text(name), Text(", ".join(f"{number} {label}" for label, number in numbers.items()) or "-"))
+    Console().print(table)
+    if len(counts) > _SHOWN:
+        Console().print(f"and {len(counts) - _SHOWN} more")

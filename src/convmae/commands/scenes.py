@@ -1,0 +1,31 @@
+"""`convmae scenes`: generated pictures with exact masks, to try detection on."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from convmae.data.scenes import write_coco_scenes
+from convmae.models.encoder import height_and_width
+
+
+def scenes(
+    output: Path,
+    train: int = 2000,
+    val: int = 200,
+    image_size: int | tuple[int, int] = 128,
+    seed: int = 0,
+) -> Path:
+    """Write generated scenes, textured shapes over parts of photographs with exact masks, in COCO's layout.
+
+    Args:
+        output: folder to write; one that holds these scenes is left as it is.
+        train: training scenes.
+        val: validation scenes.
+        image_size: pixels, one number or [height, width].
+        seed: of the scenes.
+
+    Returns the folder. Raises UserError where it holds anything else.
+    """
+    folder = write_coco_scenes(output, train, val, height_and_width(image_size), seed)
+    Console().print(f"{train} training and {val} validation scenes: {folder}", markup=False, soft_wrap=True)
+    return folder
