@@ -29,7 +29,7 @@ bench: .venv/installed
 	touch $@
 
 .venv/installed-for-tests: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[demo,shards,hub,tfds,parquet,export,test,lint]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo,shards,hub,tfds,parquet,export,detection,test,lint]'
 	touch $@ .venv/installed
 
 clean:

@@ -12,7 +12,6 @@ from typing import Any, BinaryIO
 
 import torch
 from timm.data.readers.shared_count import SharedCount
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from convmae.data.images import UndecodableImageError, undecodable_if_damaged
@@ -20,11 +19,15 @@ from convmae.data.sampler import ResumableSampler, mixed_seed
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 
-Transform = Callable[[BinaryIO], Tensor]
-"""An encoded picture -> uint8 (C, H, W); raises UndecodableImageError."""
+Transform = Callable[..., Any]
+"""An encoded picture, and its annotation if it has one -> uint8 (C, H, W), or what the collate_fn takes; raises
+UndecodableImageError.
+"""
 
-RandomTransform = Callable[[BinaryIO, list[int]], Any]
-"""An encoded picture -> a view of it for each seed, uint8 (C, H, W); raises UndecodableImageError."""
+RandomTransform = Callable[..., Any]
+"""An encoded picture, its annotation if it has one, and seeds -> a view of it for each seed, uint8 (C, H, W), or what
+the collate_fn takes; raises UndecodableImageError.
+"""
 
 _FAILURES_IN_A_ROW = 50  # of unlabelled pictures; more than chance damage: a broken disk, or not pictures at all
 
@@ -167,10 +170,15 @@ def _transformed(
     transform: Callable[..., Any],
     *arguments: Any,
 ) -> tuple[Any, int | None]:
-    """What the transform makes of a picture and of the arguments, and the label; raises UndecodableImageError."""
+    """What the transform makes of a picture and of the arguments, and the label; raises UndecodableImageError.
+
+    In place of a label, the transform takes an annotation.
+    """
     with undecodable_if_damaged():
         file, label = open_labelled()
     with file:
+        if source.annotated:
+            return transform(file, label, *arguments), None
         images = transform(file, *arguments)
     if source.classes and (label is None or not 0 <= label < len(source.classes)):
         raise UserError(f"{source.name} has images without a class (number {label}): choose another split")
@@ -308,6 +316,7 @@ def build_evaluation_loader(
     transform: Transform,
     *,
     batch_size: int,
+    collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     skip_damaged: bool = False,
     num_workers: int = 0,
     pin_memory: bool = False,
@@ -319,6 +328,7 @@ def build_evaluation_loader(
 
     {"images": uint8 (B, C, H, W), "labels": (B,), "indices": (B,), "failed": list}; damaged images are left out, so
     batches may be smaller, or empty. Those of a stream have no "indices" and, with workers, no settled order.
+    collate_fn: makes other batches than these of samples as EvaluationImages gives them.
     """
     dataset: EvaluationImages | StreamedEvaluationImages
     sampler = None
@@ -333,7 +343,7 @@ def build_evaluation_loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=_collate_decoded,
+        collate_fn=collate_fn or _collate_decoded,
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )

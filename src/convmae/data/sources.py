@@ -26,6 +26,9 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 class ImageCollection:
     """Encoded pictures that are opened by index; `classes` names their classes, where they have any."""
 
+    annotated = False
+    """Whether a picture comes with an annotation, which its transform needs, instead of a class."""
+
     def __init__(self, name: str, reader: Any, picture_name: Callable[[int], str], classes: Sequence[str] = ()) -> None:
         self.name, self.picture_name, self.classes, self._reader = name, picture_name, list(classes), reader
 
@@ -55,6 +58,8 @@ class ImageStream:
 
     `classes` names their classes, where they have any. Streams made for training are shuffled.
     """
+
+    annotated = False
 
     def __init__(self, name: str, reader: Any, num_shards: int, classes: Sequence[str] = ()) -> None:
         self.name, self.num_shards, self.reader, self.classes = name, num_shards, reader, list(classes)
@@ -168,7 +173,7 @@ def open_images(data: str | Path, split: str = "train") -> ImageCollection | Ima
     return _open_folder(Path(data))
 
 
-class _FileReader:
+class FileReader:
     """Picture files: reader[index] -> (binary file, label 0)."""
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -183,7 +188,7 @@ class _FileReader:
 
 def open_files(name: str, paths: Sequence[str]) -> ImageCollection:
     """Picture files in the given order, each called by its path. They are opened when they are read."""
-    return ImageCollection(name, _FileReader(paths), list(paths).__getitem__)
+    return ImageCollection(name, FileReader(paths), list(paths).__getitem__)
 
 
 def _open_folder(folder: Path) -> ImageCollection:

@@ -1,0 +1,127 @@
+"""How well objects are found: COCO's average precision and recall, of boxes and of masks.
+
+faster-coco-eval does the counting. N detections of a picture, H height, W width.
+"""
+
+import logging
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy
+from torch import Tensor
+
+from convmae.errors import UserError
+
+_SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")  # in its order
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CocoFigures:
+    """COCO's numbers by COCO's names, in [0, 1]; not a number where there is no such object to find."""
+
+    AP: float
+    """Average precision: the mean over classes and over the overlaps 0.5, 0.55, ... 0.95 that count as found."""
+    AP50: float
+    AP75: float
+    APs: float
+    """AP of small objects, of less than 32x32 pixels."""
+    APm: float
+    """AP of those between."""
+    APl: float
+    """AP of large objects, of more than 96x96 pixels."""
+    AR1: float
+    """Average recall of the best detection of each class in a picture."""
+    AR10: float
+    AR100: float
+    ARs: float
+    ARm: float
+    ARl: float
+    per_class: tuple[float, ...]
+    """AP of each category, by rising id."""
+
+
+def coco_results(image_id: int, detections: Mapping[str, Tensor], category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """The detections of a picture as COCO's results, which JSON can hold.
+
+    detections: "boxes" (N, 4), left, top, right and bottom in pixels of the picture, "labels" (N,) from 1, "scores"
+    (N,) and "masks", bool or uint8 (N, H, W). category_ids: of label L the one at L - 1. Raises UserError without
+    faster-coco-eval.
+    """
+    _require_library()
+    from faster_coco_eval.core import mask
+
+    results = []
+    boxes, labels, scores = (detections[key].tolist() for key in ("boxes", "labels", "scores"))
+    for (left, top, right, bottom), label, score, pixels in zip(
+        boxes, labels, scores, detections["masks"], strict=True
+    ):
+        lengths = mask.encode(numpy.asfortranarray(pixels.cpu().numpy().astype(numpy.uint8)))
+        results.append(
+            {
+                "image_id": image_id,
+                "category_id": category_ids[label - 1],
+                "bbox": [left, top, right - left, bottom - top],
+                "score": score,
+                "segmentation": {"size": list(lengths["size"]), "counts": lengths["counts"].decode("ascii")},
+            }
+        )
+    return results
+
+
+def judge_detections(
+    ground_truth: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    kind: Literal["bbox", "segm"],
+    image_ids: Collection[int] | None = None,
+) -> CocoFigures:
+    """COCO's figures of results by their boxes or their masks.
+
+    ground_truth: the content of an annotation file in COCO's format; results: entries of `coco_results`, of any images;
+    image_ids: those that count, all where None. Detections inside crowds do not count. Raises UserError without
+    faster-coco-eval.
+    """
+    _require_library()
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    judged = {image["id"] for image in ground_truth["images"]}
+    judged &= judged if image_ids is None else set(image_ids)
+    if not judged:
+        return _figures([-1.0] * len(_SUMMARY), [-1.0] * len(ground_truth["categories"]))
+    # The library writes into what it is given, and takes an object of the id 0 for none.
+    objects = [dict(entry) for entry in ground_truth["annotations"] if entry["image_id"] in judged]
+    truth = COCO(
+        {
+            "images": [image for image in ground_truth["images"] if image["id"] in judged],
+            "categories": list(ground_truth["categories"]),
+            "annotations": [{**entry, "id": number} for number, entry in enumerate(objects, 1)],
+        },
+        print_function=_logger.debug,
+    )
+    # With its box, a mask's size would be the box's.
+    unused = "bbox" if kind == "segm" else "segmentation"
+    found = [
+        {key: value for key, value in result.items() if key != unused}
+        for result in results
+        if result["image_id"] in judged
+    ]
+    evaluation = COCOeval_faster(truth, truth.loadRes(found), kind, print_function=_logger.debug)
+    evaluation.run()
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # overlaps, recalls, classes; any size, 100 detections
+    classes = numpy.moveaxis(precision, 2, 0).reshape(precision.shape[2], -1)
+    return _figures(evaluation.stats, classes.mean(axis=1))
+
+
+def _figures(summary: Iterable[float], per_class: Iterable[float]) -> CocoFigures:
+    # COCO tells -1 where there is nothing to find.
+    numbers, of_classes = ([math.nan if value < 0 else float(value) for value in part] for part in (summary, per_class))
+    return CocoFigures(per_class=tuple(of_classes), **dict(zip(_SUMMARY, numbers, strict=True)))
+
+
+def _require_library() -> None:
+    if find_spec("faster_coco_eval") is None:
+        raise UserError("COCO's figures need faster-coco-eval: pip install 'convmae[detection]'")
