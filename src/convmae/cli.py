@@ -156,7 +156,7 @@ def _recipe(name: str) -> str:
 
 def _functions() -> dict[str, Any]:
     """The commands' functions, subcommands' under names such as detect.train."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, command in COMMANDS.items():
         if isinstance(command, dict):
             found |= {f"{name}.{part}": function for part, function in command.items() if part != "_help"}

@@ -86,6 +86,6 @@ def test_impossible_settings_are_one_line(photographs, autoencoder_file, tmp_pat
         load_trained(autoencoder_file, 40, None, CPU)
     with pytest.raises(convmae.UserError, match="no weights at"):
         load_trained(tmp_path / "nothing", None, None, CPU)
+    model = load_trained(autoencoder_file, None, None, CPU)
     with pytest.raises(convmae.UserError, match="at least 1"):
-        model = load_trained(autoencoder_file, None, None, CPU)
         OrderedBatches(model, model.center_crop, open_pictures("demo"), 0, False, "test")

@@ -81,9 +81,9 @@ def info(
         detector = _inspect_detector(model, size, in_channels, kernel_size, form, num_classes)
         _print_detector(detector, f"convmae {model}, Mask R-CNN, {form} form, {size[0]}x{size[1]}, one image")
         return detector
-    image_size = image_size or 224
+    size = height_and_width(image_size or 224)
     settings = {
-        "image_size": image_size,
+        "image_size": size,
         "in_channels": in_channels,
         "mask_ratio": mask_ratio,
         "multi_scale": multi_scale,
@@ -97,13 +97,13 @@ def info(
     parameters["encoder"] = _parameters(built.encoder)
     parameters["autoencoder"] = _parameters(built)
     with torch.device("meta"):
-        classifier = create_classifier(model, image_size=image_size, in_channels=in_channels, kernel_size=kernel_size)
+        classifier = create_classifier(model, image_size=size, in_channels=in_channels, kernel_size=kernel_size)
     parameters["classifier, 1000 classes"] = _parameters(classifier)
     visible, dense = gmac(), gmac(dense=True)
     ratios = {"random masks at stage 1": gmac(mask_stage=1)["total"] / dense["total"]}
-    for size in (3, 5, 7, 9):
-        if size != kernel_size:
-            ratios[f"depthwise kernel {size}x{size}"] = gmac(dense=True, kernel_size=size)["total"] / dense["total"]
+    for side in (3, 5, 7, 9):
+        if side != kernel_size:
+            ratios[f"depthwise kernel {side}x{side}"] = gmac(dense=True, kernel_size=side)["total"] / dense["total"]
     # Shapes only, like meta, but attention takes the kernel that a real device would. Layers are torch's own, as on a
     # GPU; on a CPU those of this package keep less.
     with FakeTensorMode():
@@ -116,7 +116,7 @@ def info(
         16 * _trained(built) + 4 * _frozen(built),
         activations,
     )
-    _print(result, model, image_size)
+    _print(result, model, size)
     return result
 
 
@@ -240,9 +240,8 @@ def _print_detector(result: DetectorInfo, title: str) -> None:
     console.print(table)
 
 
-def _print(result: Info, model: str, image_size: int | tuple[int, int]) -> None:
+def _print(result: Info, model: str, size: tuple[int, int]) -> None:
     console = Console()
-    size = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     table = Table(title=f"convmae {model}, {size[0]}x{size[1]}, one image forward", title_justify="left")
     table.add_column("part")
     for name in ("parameters (M)", "GMAC dense", "GMAC visible only"):

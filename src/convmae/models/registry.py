@@ -167,7 +167,7 @@ def _detector(
 ) -> Detector:
     known = _known(state, facts, num_heads)
     if not _is_detector(state):
-        of_tiny = _TINY_DETECTOR if known["widths"] == ENCODERS["tiny"]["widths"] else {}
+        of_tiny = _TINY_DETECTOR if tuple(known["widths"]) == ENCODERS["tiny"]["widths"] else {}
         names = ("in_channels", "widths", "depths", "num_heads", "mlp_ratio", "kernel_size")
         known = {**of_tiny, **{name: known[name] for name in names}, "pos_embed_size": known["image_size"]}
     elif "form" not in known:

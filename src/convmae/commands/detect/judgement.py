@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed
@@ -108,13 +108,13 @@ class Judge:
         """COCO's figures of the detections of all processes; pictures that are not among them do not count."""
         if not found:
             raise UserError("no validation image can be decoded: check the files")
-        quality = None
+        quality: DetectionQuality | None = None
         if self._truth is not None:
             seen = [image_id for image_id, _ in found]
             results = [result for _, of_image in found for result in of_image]
             boxes, masks = (judge_detections(self._truth, results, kind, seen) for kind in _KINDS)
             quality = DetectionQuality(boxes, masks)
-        return self._fabric.broadcast(quality)
+        return cast(DetectionQuality, self._fabric.broadcast(quality))
 
 
 def print_quality(quality: DetectionQuality, classes: Sequence[str], console: Console) -> None:

@@ -217,7 +217,7 @@ def train(
     log = RunLog(output, logging, active=fabric.is_global_zero)
     if fabric.is_global_zero:
         keep_config(output, settings, restored["step"] if restored else 0)
-        failures.record(len(training) + len(validation), training.left_out + validation.left_out)
+        failures.record(0, training.left_out + validation.left_out)
     best = output / "best" / weights_files.MODEL_FILE
 
     def batches(epoch: int, first: int) -> Iterator[AnnotatedBatch]:
@@ -304,10 +304,13 @@ def _demo_scenes(fabric: Fabric, output: Path, image_size: int | tuple[int, int]
 
 def _network(weights: Path | None, model: str, training: CocoImages, chosen: dict[str, Any]) -> Detector:
     """The detector to begin with."""
-    of_data = {"num_classes": len(training.classes), "classes": training.classes, "category_ids": training.category_ids}
-    if weights is None:
-        return create_detector(model, **of_data, **chosen)
-    return load_detector(weights, **of_data, **chosen)
+    settings: dict[str, Any] = {
+        "num_classes": len(training.classes),
+        "classes": training.classes,
+        "category_ids": training.category_ids,
+        **chosen,
+    }
+    return create_detector(model, **settings) if weights is None else load_detector(weights, **settings)
 
 
 @torch.inference_mode()
