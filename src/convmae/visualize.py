@@ -191,17 +191,17 @@ def detection_picture(path: str | Path, rows: Sequence[Sequence[DrawnPicture]], 
 
 def _draw_objects(cell: Axes, objects: Mapping[str, Tensor], classes: Sequence[str]) -> None:
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-    scores = objects.get("scores")
-    masks = objects["masks"].numpy().astype(bool)
-    for number, (box, label) in enumerate(zip(objects["boxes"].tolist(), objects["labels"].tolist(), strict=True)):
-        left, top, right, bottom = box
-        colour = colours[(label - 1) % len(colours)]
-        height, width = masks[number].shape
-        layer = np.zeros((height, width, 4))
-        layer[masks[number]] = (*colour, 0.45)
-        cell.imshow(layer, extent=(0, width, height, 0), interpolation="nearest")
+    scores, masks = objects.get("scores"), objects["masks"].numpy().astype(bool)
+    of_objects = [colours[(label - 1) % len(colours)] for label in objects["labels"].tolist()]
+    height, width = masks.shape[1:]
+    layer = np.zeros((height, width, 4))
+    for mask, colour in reversed(list(zip(masks, of_objects, strict=True))):  # the most certain in front
+        layer[mask] = (*colour, 0.45)
+    cell.imshow(layer, extent=(0, width, height, 0), interpolation="nearest")
+    for number, (left, top, right, bottom) in enumerate(objects["boxes"].tolist()):
+        colour = of_objects[number]
         cell.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.5))
-        name = classes[label - 1] + ("" if scores is None else f" {scores[number]:.2f}")
+        name = classes[int(objects["labels"][number]) - 1] + ("" if scores is None else f" {scores[number]:.2f}")
         beside = "bottom" if top > 0.06 * height else "top"  # inside the picture
         cell.text(
             max(left, 0), max(top, 0), name, fontsize=7, color="white", va=beside, parse_math=False, clip_on=True,

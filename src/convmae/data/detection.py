@@ -176,7 +176,7 @@ def find_coco(
 def _found(data: Path | None, given: Path | None, usual: str, flag: str) -> Path:
     if given is None and data is None:
         raise UserError(f"there is no {usual} without COCO's folder: give it as --data, or another path with {flag}")
-    path = given or Path(data or "", usual)
+    path = Path(data or "", usual) if given is None else Path(given)  # Python callers may pass a string
     if not path.exists():
         cure = f"check {flag}" if given else f"give COCO's folder as --data, or another path with {flag}"
         raise UserError(f"{path} does not exist: {cure}")

@@ -77,6 +77,9 @@ class Judge:
 
     def __call__(self, network: Detector) -> DetectionQuality:
         """COCO's figures, the same in every process; the detector is put into evaluation mode and back."""
+        if self._fabric.world_size > 1:  # each has its own batch statistics, where torch does not keep them together
+            for buffer in network.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         return self.quality(self.gathered(list(self.detections(network))))
 
     @torch.inference_mode()
