@@ -137,20 +137,14 @@ def test_the_kept_detector_knows_its_classes(finished):
     assert tuple(detector.settings["category_ids"]) == CATEGORY_IDS
 
 
-def test_training_starts_from_the_given_weights(scenes, autoencoder_file, tmp_path):
+def test_training_starts_from_the_given_weights(scenes, tmp_path):
     """At a learning rate of nothing the encoder stays that of pretraining, its positions in their grid."""
-    optimizer = DetectionOptimizerOptions(base_lr=0.0, weight_decay=0.0)
-    run = small_run(
-        scenes,
-        tmp_path / "run",
-        autoencoder_file,
-        epochs=1,
-        image_size=64,
-        form="vitdet",
-        window=2,
-        optimizer=optimizer,
-    )
-    before, after = load_file(autoencoder_file), load_file(run.checkpoint / "model.safetensors")
+    pretrained = convmae.create_autoencoder("tiny", image_size=32)
+    file = tmp_path / "pretrained.safetensors"
+    weights.save(file, pretrained.state_dict(), pretrained.settings)
+    options = {"optimizer": DetectionOptimizerOptions(base_lr=0.0, weight_decay=0.0), "form": "vitdet", "epochs": 1}
+    run = small_run(scenes, tmp_path / "run", file, image_size=64, window=2, **options)
+    before, after = load_file(file), load_file(run.checkpoint / "model.safetensors")
     encoder = [name for name in before if name.startswith("encoder.")]
     assert len(encoder) > 30
     assert all(torch.equal(before[name], after[name]) for name in encoder)
