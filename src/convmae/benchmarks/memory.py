@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -36,6 +37,11 @@ class PeakMemory:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._before
         return _resident("VmHWM") - self._before if _RESET.exists() else float("nan")
+
+
+def state_bytes(model: nn.Module, moments: int = 2) -> int:
+    """Weights, and AdamW's moments of the trainable ones: there before a step begins, so not in what the step adds."""
+    return sum(p.numel() * p.element_size() * (1 + moments * p.requires_grad) for p in model.parameters())
 
 
 def _resident(field: str) -> int:

@@ -2,20 +2,18 @@
 
 import gc
 import json
-import platform
 import statistics
-import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
-from convmae.benchmarks.arithmetic import matrix_product_peak, wait_for
+from convmae.benchmarks.arithmetic import matrix_product_peak
 from convmae.benchmarks.contenders import (
     OURS,
     PUBLISHED,
@@ -26,20 +24,12 @@ from convmae.benchmarks.contenders import (
     make_contenders,
     make_step,
 )
-from convmae.benchmarks.memory import PeakMemory, largest_fitting
+from convmae.benchmarks.memory import largest_fitting, state_bytes
+from convmae.benchmarks.turns import Spread, machine_name, take_turns
 from convmae.errors import UserError
 from convmae.masking import random_visible
 
 _IMAGENET, _EPOCHS = 1_281_167, 1600  # training images, and epochs of the paper's longest run
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Figures of several rounds."""
-
-    median: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -129,12 +119,9 @@ def bench(
             contender.model.load_state_dict(start[contender.name])
             contender.model.to(place)
         results.append(_compare(contenders, images, kind, rounds, compiled, macs))
-    machine = (
-        torch.cuda.get_device_name() if place.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
-    )
     title = (
-        f"convmae {model}, {task}, {image_size}x{image_size}, batch {batch_size}, {rounds} rounds, {machine}, "
-        f"torch {torch.__version__}{', compiled' if compiled else ''}"
+        f"convmae {model}, {task}, {image_size}x{image_size}, batch {batch_size}, {rounds} rounds, "
+        f"{machine_name(place)}, torch {torch.__version__}{', compiled' if compiled else ''}"
     )
     _print(title, results)
     if task == "pretrain" and place.type == "cuda":
@@ -168,37 +155,22 @@ def _compare(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     peak = matrix_product_peak(device, dtype)
     losses = {c.name: _loss_under_one_mask(c, images, precision) for c in contenders}
-    steps = {c.name: make_step(c, precision, compiled) for c in contenders}
-    memory = PeakMemory(device)
-    peaks: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step(images)  # compiles, and makes the optimiser's state
-    for name, step in steps.items():  # apart from the timing, which measuring memory would disturb
-        memory.start()
-        step(images)
-        peaks[name] = memory.stop()
-    for _ in track(range(rounds), description=precision, console=Console(stderr=True), transient=True):
-        for name, step in steps.items():
-            wait_for(device)
-            began = time.perf_counter()
-            step(images)
-            wait_for(device)
-            seconds[name].append(time.perf_counter() - began)
+    steps = {c.name: partial(make_step(c, precision, compiled), images) for c in contenders}
+    seconds, peaks = take_turns(steps, device, rounds, precision)
     figures = [
         StepFigures(
             c.name,
-            _spread([batch / s for s in seconds[c.name]]),
+            Spread.of([batch / s for s in seconds[c.name]]),
             1e3 * statistics.median(seconds[c.name]),
-            _ratio(seconds[PUBLISHED], seconds[c.name]),
+            Spread.of_ratios(seconds[PUBLISHED], seconds[c.name]),
             macs[c.name] / 1e9,
             3 * macs[c.name] * batch / statistics.median(seconds[c.name]) / peak,
-            (peaks[c.name] + _state_bytes(c.model)) / 2**30,
+            (peaks[c.name] + state_bytes(c.model)) / 2**30,
             losses[c.name],
         )
         for c in contenders
     ]
-    over_vit = _ratio(seconds[OURS], seconds[VIT]) if VIT in seconds else None
+    over_vit = Spread.of_ratios(seconds[OURS], seconds[VIT]) if VIT in seconds else None
     return BenchResult(precision, peak / 1e9, figures, over_vit)
 
 
@@ -236,28 +208,6 @@ def search_largest_batch(
         return True
 
     return largest_fitting(fits, images.shape[0])
-
-
-def _state_bytes(model: nn.Module) -> int:
-    """Weights and AdamW's two moments: there before a step begins, so not in the memory that the step adds."""
-    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
-
-
-def _ratio(numerators: list[float], denominators: list[float]) -> Spread:
-    return _spread([a / b for a, b in zip(numerators, denominators, strict=True)])
-
-
-def _spread(values: list[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
-
-
-def _processor() -> str:
-    """The processor's name as Linux tells it, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _print(title: str, results: list[BenchResult]) -> None:
