@@ -23,14 +23,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     """
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    if query.device.type == "cpu" and query.dtype is not torch.float32:
-        # Measured (docs/performance.md): in bf16 the backward of torch's fused CPU kernel is 2 to 11 times slower.
+    on_cpu = query.device.type == "cpu"
+    # Measured (docs/performance.md): in bf16 the backward of torch's fused CPU kernel is 2 to 11 times slower. For a bias
+    # that learns it has none.
+    if on_cpu and (query.dtype is not torch.float32 or (bias is not None and bias.requires_grad)):
         scores = (query * scale) @ key.transpose(-2, -1)
-        return (scores if bias is None else scores + bias.to(scores.dtype)).softmax(dim=-1) @ value
+        if bias is not None:
+            scores += bias.to(scores.dtype)  # in place: with thousands of tokens scores are what fills the memory
+        return scores.softmax(dim=-1) @ value
     if bias is not None:
         bias = bias[None].to(query.dtype)
     channels = value.shape[-1]
-    if query.device.type == "cpu":  # whose fused kernel wants one size of head
+    if on_cpu:  # whose fused kernel wants one size of head
         value = pad(value, (0, query.shape[-1] - channels))
     return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)[..., :channels]
 
