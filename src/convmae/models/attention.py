@@ -24,8 +24,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     if scale is None:
         scale = query.shape[-1] ** -0.5
     on_cpu = query.device.type == "cpu"
-    # Measured (docs/performance.md): in bf16 the backward of torch's fused CPU kernel is 2 to 11 times slower. For a bias
-    # that learns it has none.
+    # Measured (docs/performance.md): in bf16 the backward of torch's fused CPU kernel is 2 to 11 times slower. It has
+    # none for a bias that learns.
     if on_cpu and (query.dtype is not torch.float32 or (bias is not None and bias.requires_grad)):
         scores = (query * scale) @ key.transpose(-2, -1)
         if bias is not None:
