@@ -33,6 +33,27 @@ def test_a_strided_convolution_and_its_matrix_agree(golden):
     torch.testing.assert_close((blocks @ matrix.t()).permute(0, 3, 1, 2), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["detection_backbone_tiny", "vitdet_backbone_tiny"])
+def test_relative_positions_go_there_and_back(golden, name):
+    state = published(golden, name)
+    ours = weights.from_published(state)
+    back = weights.to_published(ours)
+    follows = {key for key in state if key.endswith("relative_position_index")}  # from the table's shape
+    assert len(follows) == (2 if name == "detection_backbone_tiny" else 0)
+    assert back.keys() == state.keys() - follows
+    assert all(torch.equal(back[key], state[key]) for key in back)
+    tables = {key for key in ours if "positions." in key}
+    assert all(key.startswith("encoder.") for key in ours)
+    assert len(tables) == (2 if name == "detection_backbone_tiny" else 22)
+
+
+def test_relative_positions_that_are_no_square_are_refused(golden):
+    state = published(golden, "detection_backbone_tiny")
+    name = "global_rel_pos_bias.relative_position_bias_table"
+    with pytest.raises(convmae.UserError, match=f"the positions '{name}' are 960, no square"):
+        weights.from_published({**state, name: state[name][:-1]})
+
+
 @pytest.mark.parametrize(
     "wrap",
     [

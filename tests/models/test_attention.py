@@ -1,8 +1,20 @@
+import itertools
+import math
+
 import pytest
 import torch
+from timm.layers import gen_relative_position_index
+from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
 
 from convmae.masking import random_visible
-from convmae.models.attention import Attention, TransformerBlock, attend
+from convmae.models.attention import (
+    Attention,
+    DecomposedPositions,
+    MapAttention,
+    RelativePositionTable,
+    TransformerBlock,
+    attend,
+)
 from convmae.packing import Packing
 
 
@@ -44,3 +56,148 @@ def test_a_block_of_some_queries_gives_their_rows_of_the_whole():
     whole = block(x)
     expected = torch.stack([rows[index] for rows, index in zip(whole, queries.index, strict=True)])
     torch.testing.assert_close(block(x, queries), expected)
+
+
+def assert_same_gradients(one, other, parameters):
+    """Of two results of the same parameters, for one random gradient that comes from above."""
+    above = torch.randn_like(other)
+    for mine, theirs in zip(
+        torch.autograd.grad(one, parameters, above.to(one.dtype)),
+        torch.autograd.grad(other, parameters, above),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("channels", [8, 5])
+def test_attention_with_a_bias_a_scale_and_narrow_values(dtype, scale, biased, channels):
+    query, key = torch.randn(2, 3, 4, 10, 8).unbind(0)
+    value = torch.randn(3, 4, 10, channels)
+    bias = torch.randn(4, 10, 10) if biased else None
+    scores = (query @ key.transpose(-1, -2)) * (8**-0.5 if scale is None else scale)
+    expected = (scores + (bias if biased else 0)).softmax(-1) @ value
+    got = attend(query.to(dtype), key.to(dtype), value.to(dtype), bias, scale)
+    assert got.dtype is dtype
+    assert got.shape == (3, 4, 10, channels)
+    tolerance = {} if dtype is torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    torch.testing.assert_close(got.float(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_of_the_scores_learns(dtype):
+    query, key, value = torch.randn(3, 3, 4, 10, 8).to(dtype).unbind(0)
+    bias = torch.randn(4, 10, 10, requires_grad=True)
+    got = attend(query, key, value, bias)
+    scores = query.float() @ key.float().transpose(-1, -2) / 8**0.5
+    expected = (scores + bias).softmax(-1) @ value.float()
+    above = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(y, bias, above.to(y.dtype))[0] for y in (got, expected)]
+    tolerance = {} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(*gradients, **tolerance)
+
+
+def looked_up(table, grid):
+    """The bias of each pair of tokens by an index into a table (2H - 1, 2W - 1, h), as Swin and BEiT do it."""
+    tokens = grid[0] * grid[1]
+    index = gen_relative_position_index(grid).flatten()
+    return table.flatten(0, 1)[index].view(tokens, tokens, -1).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 6), (1, 1)])
+def test_relative_positions_are_looked_up_in_the_table(grid):
+    positions = RelativePositionTable(grid, num_heads=3)
+    assert positions(grid).abs().max() == 0  # at first
+    torch.nn.init.normal_(positions.table)
+    expected = looked_up(positions.table, grid)
+    assert torch.equal(positions(grid), expected)
+    assert_same_gradients(positions(grid), expected, [positions.table])
+
+
+def bicubic_weights(old, new):
+    """What each of `new` places takes from `old` ones, (new, old): Keys' cubic of -0.75, the borders repeated."""
+    weights = torch.zeros(new, old)
+    for place in range(new):
+        centre = (place + 0.5) * old / new - 0.5
+        for source in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            distance = abs(centre - source)
+            if distance <= 1:
+                weight = 1.25 * distance**3 - 2.25 * distance**2 + 1
+            else:
+                weight = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+            weights[place, min(max(source, 0), old - 1)] += weight
+    return weights
+
+
+@pytest.mark.parametrize("other", [(6, 6), (2, 3), (3, 7), (5, 4)])
+def test_a_table_of_another_grid_is_resized_bicubically(other):
+    grid = (4, 4)
+    positions = RelativePositionTable(grid, num_heads=2)
+    torch.nn.init.normal_(positions.table)
+    rows, columns = (bicubic_weights(7, 2 * side - 1) for side in other)
+    resized = torch.einsum("ya,xb,abh->yxh", rows, columns, positions.table)
+    expected = looked_up(resized, other)
+    torch.testing.assert_close(positions(other), expected, rtol=1e-4, atol=1e-5)
+    assert_same_gradients(positions(other), expected, [positions.table])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("grid", "tables"),
+    [((4, 4), (4, 4)), ((3, 5), (3, 5)), ((1, 3), (1, 3)), ((4, 6), (7, 3)), ((5, 5), (4, 4))],
+)
+def test_decomposed_positions_are_timm_s_bias(grid, tables, dtype):
+    """The longer queries and keys against softmax attention with the whole bias spelled out."""
+    batch, heads, tokens, width = 2, 3, grid[0] * grid[1], 8
+    query, key, value = torch.randn(3, batch, heads, tokens, width).unbind(0)
+    query, key, value = (x.requires_grad_() for x in (query, key, value))
+    positions = DecomposedPositions(tables, width)
+    assert max(table.abs().max() for table in positions.parameters()) == 0  # at first
+    for table in positions.parameters():
+        torch.nn.init.normal_(table, std=0.5)
+
+    longer_query, longer_key = positions.extend(query.to(dtype), key.to(dtype), grid)
+    got = attend(longer_query, longer_key, value.to(dtype), scale=1.0)
+    bias = get_decomposed_rel_pos_bias(query.flatten(0, 1), positions.height, positions.width, grid, grid)
+    scores = query @ key.transpose(-1, -2) / width**0.5 + bias.view(batch, heads, tokens, tokens)
+    expected = scores.softmax(-1) @ value
+
+    assert longer_query.dtype is longer_key.dtype is got.dtype is dtype
+    assert longer_query.shape[-1] % 8 == 0
+    if dtype is torch.float32:
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        assert_same_gradients(got, expected, [query, key, value, *positions.parameters()])
+    else:
+        torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (4, 12), (6, 9), (3, 5), (2, 3)])
+def test_windows_attend_each_for_itself(size, decomposed):
+    """Window after window of the map, zeros beyond its borders, against all of them in one batch."""
+    window, width, heads = 4, 16, 2
+    positions = DecomposedPositions((window, window), width // heads) if decomposed else None
+    in_windows, whole = MapAttention(width, heads, window, positions), MapAttention(width, heads, 0, positions)
+    for parameter in in_windows.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    whole.load_state_dict(in_windows.state_dict())
+    bias = None if decomposed else torch.randn(heads, window**2, window**2)
+    x = torch.randn(2, *size, width)
+    padded = torch.zeros(2, 12, 12, width)
+    padded[:, : size[0], : size[1]] = x
+    expected = torch.zeros(2, 12, 12, width)
+    for row, column in itertools.product(range(0, 12, window), repeat=2):
+        part = (slice(None), slice(row, row + window), slice(column, column + window))
+        expected[part] = whole(padded[part], bias)
+    torch.testing.assert_close(in_windows(x, bias), expected[:, : size[0], : size[1]])
+
+
+def test_attention_on_a_whole_map_is_attention_over_its_tokens():
+    plain, on_map, x = Attention(16, 4), MapAttention(16, 4), torch.randn(2, 3, 5, 16)
+    on_map.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(on_map(x).flatten(1, 2), plain(x.flatten(1, 2)))
+    never = torch.full((4, 15, 15), -torch.inf)  # a bias that lets a token see itself alone: its value goes through
+    itself = on_map(x, never.diagonal_scatter(torch.zeros(4, 15), dim1=1, dim2=2))
+    torch.testing.assert_close(itself, plain.proj(plain.qkv(x)[..., 32:]))

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import convmae
+from convmae.models.attention import WindowedAttention
 from convmae.models.encoder import Downsample, Normalize, merge_cells, resized_pos_embed, sincos_pos_embed
 
 
@@ -102,3 +103,80 @@ def test_drop_path_grows_linearly_over_all_blocks():
     model = convmae.create_classifier("tiny", image_size=32, drop_path=0.5)  # 1 + 1 + 4 blocks
     blocks = [*model.encoder.stage1, *model.encoder.stage2, *model.encoder.stage3]
     assert [block.drop_path.drop_prob for block in blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def windowed(attention, **settings):
+    small = {"image_size": (64, 64), "widths": (8, 12, 16), "depths": (1, 1, 4), "num_heads": 2}
+    return convmae.ConvViT(**{**small, **settings}, attention=attention)
+
+
+@pytest.mark.parametrize("positions", ["shared", "decomposed"])
+@pytest.mark.parametrize("global_blocks", [(), (0, 3), (0, 1, 2, 3)])
+def test_one_window_over_the_map_without_positions_changes_nothing(positions, global_blocks):
+    plain = windowed(None)
+    model = windowed(WindowedAttention(positions, 4, global_blocks, (4, 4)))
+    result = model.load_state_dict(plain.state_dict(), strict=False)
+    assert result.unexpected_keys == []
+    assert all("positions." in name for name in result.missing_keys)  # zero at first
+    assert len(result.missing_keys) == (8 if positions == "decomposed" else 1 if len(global_blocks) in (0, 4) else 2)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model(images), plain(images))
+
+
+@pytest.mark.parametrize("positions", ["shared", "decomposed"])
+def test_windows_of_other_sizes_than_the_map_s(positions):
+    """Without a global block, what a token sees ends at its window and the convolutions' reach."""
+    apart = windowed(WindowedAttention(positions, 3, (), (4, 4)))
+    together = windowed(WindowedAttention(positions, 3, (2,), (4, 4)))
+    for size in ((64, 64), (48, 160), (112, 16)):
+        for model, everywhere in ((apart, False), (together, True)):
+            images = torch.randn(1, 3, *size, requires_grad=True)
+            y = model(images)
+            assert y.shape == (1, size[0] // 16, size[1] // 16, 16)
+            y[0, 0, 0].sum().backward()
+            seen = images.grad[0].abs().amax(dim=0) > 0
+            beyond = torch.ones_like(seen)
+            beyond[: 48 + 32, : 48 + 32] = False  # 5x5 kernels at strides 4 and 8 reach less than 32 pixels
+            assert seen[:48, :48].all()
+            assert bool(seen[beyond].any()) is (everywhere and bool(beyond.any()))
+
+
+@pytest.mark.parametrize("attention", [None, "shared", "decomposed"])
+def test_gradient_checkpointing_changes_no_gradient(attention):
+    if attention is not None:
+        attention = WindowedAttention(attention, 3, (1,), (4, 4))
+    model = windowed(attention, drop_path=0.5).train()
+    for name, parameter in model.named_parameters():
+        if "positions." in name:
+            torch.nn.init.normal_(parameter)
+    images, outputs, gradients = torch.randn(2, 3, 64, 96), [], []
+    for enabled in (False, True):
+        model.set_grad_checkpointing(enabled)
+        model.zero_grad()
+        torch.manual_seed(1)  # of the dropped paths
+        outputs.append(model(images))
+        outputs[-1].square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert torch.equal(*outputs)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_drop_path_grows_over_windowed_blocks_too():
+    model = windowed(WindowedAttention("shared", 4, (0,), (4, 4)), drop_path=0.5)
+    blocks = [*model.stage1, *model.stage2, *model.stage3]
+    assert [block.drop_path.drop_prob for block in blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_the_start_for_training_with_labels_is_the_published_one():
+    model = windowed(WindowedAttention("decomposed", 4, (0,), (4, 4)), widths=(16, 24, 96))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.initialise_for_supervision()
+    for name, value in model.state_dict().items():
+        linear = name.startswith(("projection", "stage3")) and not ("norm" in name or "positions" in name)
+        if not linear:
+            assert torch.equal(value, before[name]), name
+        elif name.endswith("bias"):
+            assert value.abs().max() == 0, name
+        else:
+            assert value.std().item() == pytest.approx(0.02, rel=0.05), name

@@ -6,6 +6,7 @@ import torch
 import convmae
 from convmae import UserError
 from convmae.training.optimizer import (
+    DetectionOptimizerOptions,
     LarsOptions,
     LayerDecayOptions,
     OptimizerOptions,
@@ -123,8 +124,97 @@ def test_lars_takes_the_published_steps():
         (LayerDecayOptions(), 10, 2),
         (LarsOptions(), 90, 10),
         (LarsOptions(), 20, 4),
+        (DetectionOptimizerOptions(), 25, 0.12),
+        (DetectionOptimizerOptions(), 1, 0.12),
     ],
 )
 def test_each_recipe_has_its_default_warm_up(options, epochs, warmup):
     optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1.0)
     assert build_schedule(optimizer, options, epochs, steps_per_epoch=100).warmup_t == 100 * warmup
+
+
+def tiny_detector(form, **settings):
+    return convmae.create_detector("tiny", form=form, image_size=(64, 64), head_width=16, box_width=16, **settings)
+
+
+@pytest.mark.parametrize("form", ["paper", "vitdet"])
+def test_a_detector_learns_at_the_paper_s_rate_and_its_positions_without_decay(form):
+    model = tiny_detector(form)
+    optimizer = build_optimizer(model, DetectionOptimizerOptions(), batch_size=32)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    norms = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, torch.nn.LayerNorm | torch.nn.BatchNorm2d)
+        for parameter in module.parameters()
+    }
+    positions = 0
+    for name, parameter in model.named_parameters():
+        is_position = name == "encoder.pos_embed" or "positions" in name
+        positions += is_position
+        without = is_position or name.endswith("bias") or id(parameter) in norms
+        assert decay.pop(id(parameter)) == (0.0 if without else 0.1), name
+    assert not decay
+    assert positions == 1 + (2 if form == "paper" else 2 * 4)
+    # The paper's: 8e-5 for 32 images, one rate for all layers.
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([8e-5] * len(optimizer.param_groups))
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {1.0}
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
+
+
+@pytest.mark.parametrize("form", ["paper", "vitdet"])
+def test_the_layers_of_a_detector_s_encoder_learn_at_their_own_rates(form):
+    """As ViTDet counts: 0 before the transformer, i + 1 for block i, all after the encoder at the full rate."""
+    depth, options = 3, DetectionOptimizerOptions(base_lr=1.6e-3, layer_decay=0.8, warmup_epochs=0)
+    model = tiny_detector(form, depths=(1, 1, depth))
+    optimizer = build_optimizer(model, options, batch_size=16)
+    build_schedule(optimizer, options, epochs=3, steps_per_epoch=4).step_update(0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {name: 1e-4 * 0.8 ** (depth + 1 - detector_layer(name, depth)) for name in names.values()}
+    assert found == pytest.approx(expected)
+    tables = {"encoder.window_positions.table", "encoder.global_positions.table"}
+    assert tables <= found.keys() if form == "paper" else "encoder.stage3.1.attn.positions.width" in found
+
+
+def detector_layer(name, depth):
+    """The layer id of a detector's parameter as ViTDet's published code counts: 0 to depth + 1."""
+    if not name.startswith("encoder."):
+        return depth + 1
+    return int(name.split(".")[2]) + 1 if name.startswith("encoder.stage3.") else 0
+
+
+def test_vitdet_s_schedule_is_a_warm_up_and_two_steps():
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1.0)
+    options = DetectionOptimizerOptions(schedule="steps", warmup_epochs=250 / 7375)
+    schedule = build_schedule(optimizer, options, epochs=25, steps_per_epoch=7375)  # 184,375 iterations
+    expected = {
+        0: 0.0,
+        125: 0.5,
+        249: 0.996,
+        250: 1.0,
+        163_888: 1.0,
+        163_889: 0.1,
+        177_545: 0.1,
+        177_546: 0.01,
+        184_374: 0.01,
+    }
+    for step, rate in expected.items():
+        schedule.step_update(step)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate), step
+
+
+@pytest.mark.parametrize("steps_at", [(0.0, 0.5), (0.9, 0.5), (0.5, 1.0), (163_889, 177_546)])
+def test_steps_outside_the_run_are_refused(steps_at):
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1.0)
+    options = DetectionOptimizerOptions(schedule="steps", steps_at=steps_at)
+    with pytest.raises(UserError, match="are no shares of the run: choose 0 < first <= second < 1"):
+        build_schedule(optimizer, options, epochs=2, steps_per_epoch=100)
+
+
+def test_a_detector_s_cosine_ends_at_zero():
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1.0)
+    schedule = build_schedule(optimizer, DetectionOptimizerOptions(), epochs=4, steps_per_epoch=16)
+    for step, rate in ((0, 0), (1, 0.5), (2, 1), (2 + 31, 0.5), (64, 0)):
+        schedule.step_update(step)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate, abs=1e-9), step
