@@ -101,9 +101,12 @@ def assert_same_encoder(model, source):
 
 @pytest.mark.parametrize("form", ["paper", "vitdet"])
 @pytest.mark.parametrize("create", [create_autoencoder, create_classifier])
-def test_a_detector_begins_with_the_encoder_of_any_weights(create, form):
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_detector_begins_with_the_encoder_of_any_weights(create, form, from_file, tmp_path):
     source = create("tiny", image_size=64)
-    model = convmae.load_detector(source.state_dict(), form=form, **DETECTOR)
+    weights.save(tmp_path / "w.safetensors", source.state_dict(), source.settings)
+    where = tmp_path / "w.safetensors" if from_file else source.state_dict()
+    model = convmae.load_detector(where, form=form, **DETECTOR)
     assert_same_encoder(model, source)
     assert model.encoder.pos_embed.requires_grad
     # The named size tells the rest.
