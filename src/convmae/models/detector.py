@@ -273,7 +273,7 @@ class Detector(nn.Module):
         losses = (
             of_boxes["loss_classifier"],
             of_boxes["loss_box_reg"],
-            of_boxes["loss_mask"],
+            of_boxes["loss_mask"].float(),  # without objects it is in the convolutions' type, on other devices not
             of_proposals["loss_objectness"],
             of_proposals["loss_rpn_box_reg"],
         )
