@@ -47,6 +47,16 @@ def test_relative_positions_go_there_and_back(golden, name):
     assert len(tables) == (2 if name == "detection_backbone_tiny" else 22)
 
 
+@pytest.mark.parametrize("form", ["paper", "vitdet"])
+def test_a_detector_s_other_parts_pass_through_published_names(form):
+    state = convmae.create_detector("tiny", form=form, image_size=(64, 64), head_width=16, box_width=16).state_dict()
+    there = weights.to_published(state)
+    assert weights.is_published(there)
+    back = weights.from_published(there)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
 def test_relative_positions_that_are_no_square_are_refused(golden):
     state = published(golden, "detection_backbone_tiny")
     name = "global_rel_pos_bias.relative_position_bias_table"

@@ -83,7 +83,7 @@ def from_published(state: Mapping[str, Tensor]) -> StateDict:
         target = _renamed(name, _TO_OURS)
         if target.endswith("relative_position_index"):
             continue  # follows from the table's shape
-        if value.ndim == 4 and not target.endswith("depthwise.weight"):
+        if value.ndim == 4 and _convolution_side(target):
             value = value.permute(0, 2, 3, 1).flatten(1)  # (D, C, f, f) -> (D, f*f*C)
         elif target.endswith("pos_embed"):
             side = _side(name, value.shape[1])
