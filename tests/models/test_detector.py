@@ -4,6 +4,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -266,6 +267,24 @@ def test_detect_maps_boxes_and_masks_back_to_the_original_pictures():
         assert one["scores"].tolist() == sorted(one["scores"].tolist(), reverse=True)
         expected = paste_masks_in_image(raw["masks"], raw["boxes"] * factors, original)[:, 0] >= 0.5
         assert (one["masks"] != expected).float().mean() < 1e-3
+
+
+class _LargestFloat(TorchDispatchMode):
+    numbers = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), settings=None):
+        result = operation(*arguments, **(settings or {}))
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+def test_masks_of_a_large_picture_are_made_one_by_one():
+    model = settled("vitdet")
+    with torch.no_grad(), _LargestFloat() as largest:
+        found = model.detect(torch.randn(1, 3, 64, 64), original_sizes=[(1600, 2000)])[0]
+    assert len(found["masks"]) > 10
+    assert largest.numbers <= 1.2 * 1600 * 2000  # the border of a mask is beyond its box
 
 
 def test_a_picture_without_detections():
