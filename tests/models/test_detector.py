@@ -91,6 +91,8 @@ def test_each_form_has_its_published_windows_and_global_blocks():
         windows = [block.attn.window for block in model.encoder.stage3]
         assert [number for number, window in enumerate(windows) if not window] == list(model.settings["global_blocks"])
         assert set(windows) == {0, model.settings["window"]}
+    assert any(isinstance(module, nn.BatchNorm2d) for module in paper.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in vitdet.modules())
     assert paper.encoder.window_positions.table.shape == (31, 31, 12)
     assert paper.encoder.global_positions.table.shape == (127, 127, 12)
     assert vitdet.encoder.stage3[0].attn.positions.height.shape == (27, 64)
@@ -164,7 +166,7 @@ def torchvision_model(model):
         rpn_head=own.rpn.head,
         rpn_pre_nms_top_n_train=120,
         rpn_post_nms_top_n_train=60,
-        box_batch_size_per_image=32,
+        box_batch_size_per_image=model.settings["rois"],
         box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2),
         mask_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2),
         box_head=own.roi_heads.box_head,
@@ -177,7 +179,8 @@ def torchvision_model(model):
 
 @BOTH_FORMS
 def test_the_losses_are_those_of_torchvision_s_model(form):
-    model = settled(form).train()
+    model = settled(form, rois=8).train()  # of these only 2 may be of objects
+    nn.init.constant_(model.rpn.head.bbox_pred.bias, 1.0)  # proposals so large that few are left of many
     reference = torchvision_model(model)
     images, targets = torch.randn(2, 3, 128, 128), some_targets(3, 1)
     torch.manual_seed(1)  # of the sampled anchors and regions
@@ -190,7 +193,8 @@ def test_the_losses_are_those_of_torchvision_s_model(form):
 
 @BOTH_FORMS
 def test_the_detections_are_those_of_torchvision_s_model(form):
-    model = settled(form)
+    model = settled(form, num_classes=20)
+    nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.3)  # scores around the threshold
     images = torch.randn(2, 3, 128, 128)
     with torch.no_grad():
         found, expected = model.detect(images), torchvision_model(model)(list(images))
@@ -269,6 +273,15 @@ def test_detect_maps_boxes_and_masks_back_to_the_original_pictures():
         assert (one["masks"] != expected).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize(("num_classes", "some"), [(18, True), (20, False)])
+def test_scores_up_to_a_twentieth_are_left_out(num_classes, some):
+    model = settled("paper", num_classes=num_classes)
+    for parameter in model.roi_heads.box_predictor.cls_score.parameters():
+        nn.init.zeros_(parameter)  # so that each class and the background are as probable
+    with torch.no_grad():
+        assert bool(len(model.detect(torch.randn(1, 3, 128, 128))[0]["scores"])) is some
+
+
 class _LargestFloat(TorchDispatchMode):
     numbers = 0
 
@@ -328,6 +341,16 @@ def test_boxes_and_scores_are_float32_under_autocast(form):
         found = model.detect(torch.randn(1, 3, 128, 128))[0]
     assert found["boxes"].dtype is found["scores"].dtype is torch.float32
     assert found["masks"].dtype is torch.bool
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores, boxes = model.rpn.head([torch.randn(1, 16, 8, 8, dtype=torch.bfloat16)])
+    assert scores[0].dtype is boxes[0].dtype is torch.float32
+
+
+def test_a_detector_starts_as_published_without_pretraining():
+    model = small()
+    for linear in (model.encoder.projection, model.encoder.stage3[1].attn.qkv, model.encoder.stage3[3].mlp.fc1):
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert linear.bias.abs().max() == 0
 
 
 @BOTH_FORMS
