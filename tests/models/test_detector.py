@@ -12,6 +12,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align
 
 import convmae
+from convmae.models.attention import RelativePositionTable
 from convmae.models.detector import FORMS
 
 BOTH_FORMS = pytest.mark.parametrize("form", FORMS)
@@ -166,6 +167,8 @@ def torchvision_model(model):
         rpn_head=own.rpn.head,
         rpn_pre_nms_top_n_train=120,
         rpn_post_nms_top_n_train=60,
+        rpn_pre_nms_top_n_test=60,
+        rpn_post_nms_top_n_test=60,
         box_batch_size_per_image=model.settings["rois"],
         box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2),
         mask_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2),
@@ -398,7 +401,7 @@ def test_a_small_detector_learns_two_images_by_heart(form):
         ({"form": "yolo"}, "unknown form 'yolo' of the detector: choose paper or vitdet"),
         ({"num_classes": 0}, "a detector of 0 classes: it needs at least one"),
         ({"classes": ["cat", "dog"]}, "2 names for 3 classes"),
-        ({"category_ids": [1, 2, 3, 4]}, "4 names for 3 classes"),
+        ({"category_ids": [1, 2, 3, 4]}, "4 category ids for 3 classes"),
         ({"anchor_sizes": (32, 64)}, "2 anchor sizes for 5 levels"),
         ({"window": 0}, "window 0 or global blocks .* cannot be"),
         ({"global_blocks": (0, 4)}, r"global blocks \(0, 4\) cannot be: there are 4 blocks"),
@@ -436,3 +439,16 @@ def test_gradient_checkpointing_changes_no_loss(form):
         model(images, targets).loss.backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(*gradients)
+
+
+def test_biases_of_all_pairs_are_made_in_the_type_that_attention_computes_in():
+    table = RelativePositionTable((4, 4), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert table((4, 4)).dtype is torch.bfloat16
+    assert table((4, 4)).dtype is torch.float32
+
+
+def test_a_detector_that_learns_does_not_detect():
+    model = small()
+    with pytest.raises(convmae.UserError, match=r"call its eval\(\) first"):
+        model.train().detect(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))

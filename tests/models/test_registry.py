@@ -163,6 +163,34 @@ def test_a_detector_for_other_classes_begins_its_last_layers_anew(tmp_path, capl
     assert named.classes == ["a", "b"]
 
 
+@pytest.mark.parametrize("form", ["paper", "vitdet"])
+def test_a_detector_for_other_images_has_the_tables_that_the_file_s_would_be_resized_to(form, tmp_path):
+    model = detector(form=form, global_blocks=(1, 3)).eval()
+    for name, parameter in model.named_parameters():
+        if "positions." in name:
+            torch.nn.init.normal_(parameter)
+    weights.save(tmp_path / "d.safetensors", model.state_dict(), model.settings)
+    larger = convmae.load_detector(tmp_path / "d.safetensors", image_size=(192, 256)).eval()
+    assert larger.settings["image_size"] == (192, 256)
+    images = torch.randint(0, 256, (1, 3, 192, 256), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(larger.encoder(images), model.encoder(images))
+
+
+@pytest.mark.parametrize("form", ["paper", "vitdet"])
+def test_a_detector_s_encoder_serves_a_classifier(form, tmp_path):
+    """Of the detector it keeps neither the relative positions nor the classes and the image size."""
+    model = detector(form=form, classes=["cat", "dog", "owl"], pos_embed_size=(64, 64))
+    weights.save(tmp_path / "d.safetensors", model.state_dict(), model.settings)
+    classifier = convmae.load_classifier(tmp_path / "d.safetensors")
+    assert (classifier.num_classes, classifier.classes) == (0, None)
+    assert classifier.settings["image_size"] == (64, 64)
+    assert len(classifier.encoder.state_dict()) > 50
+    assert_same_encoder(model, classifier)
+    encoder = convmae.ConvViT.from_pretrained(tmp_path / "d.safetensors")
+    assert torch.equal(encoder.pos_embed, model.encoder.pos_embed)
+
+
 def test_a_detector_without_its_settings_is_refused():
     with pytest.raises(convmae.UserError, match="do not tell the detector's settings"):
         convmae.load(detector().state_dict())

@@ -218,3 +218,9 @@ def test_a_detector_s_cosine_ends_at_zero():
     for step, rate in ((0, 0), (1, 0.5), (2, 1), (2 + 31, 0.5), (64, 0)):
         schedule.step_update(step)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rate, abs=1e-9), step
+
+
+def test_an_unknown_schedule_is_refused():
+    adamw = build_optimizer(torch.nn.Linear(2, 2), OptimizerOptions(), 256)
+    with pytest.raises(convmae.UserError, match="schedule cannot be 'sawtooth': choose cosine or steps"):
+        build_schedule(adamw, DetectionOptimizerOptions(schedule="sawtooth"), 10, 10)

@@ -119,13 +119,25 @@ class RelativePositionTable(nn.Module):
     def forward(self, grid: Grid) -> Tensor:
         """The bias of each pair of tokens, (h, H*W, H*W): how the first attends to the second."""
         height, width = grid
-        table = self.table.permute(2, 0, 1)
-        if table.shape[1:] != (2 * height - 1, 2 * width - 1):
-            table = interpolate(table[None], (2 * height - 1, 2 * width - 1), mode="bicubic")[0]
+        table = resized_table(self.table, (2 * height - 1, 2 * width - 1)).permute(2, 0, 1)
+        if torch.is_autocast_enabled(table.device.type):  # else each block would turn all pairs into that type anew
+            table = table.to(torch.get_autocast_dtype(table.device.type))
         # Of all H x W windows over the table, turned by half a circle, the last is the first token's row of keys. As
         # views these cost one copy and a fast gradient, where an index of H*W*H*W places would cost more than the rest.
         rows = table.flip(1, 2).unfold(1, height, 1).unfold(2, width, 1).flip(1, 2)  # (h, H, W, H, W)
         return rows.flatten(3).flatten(1, 2)
+
+
+def resized_table(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """A table of offsets (h, w, C) resized bicubically to another height and width."""
+    if table.shape[:2] == size:
+        return table
+    return interpolate(table.permute(2, 0, 1)[None], size, mode="bicubic")[0].permute(1, 2, 0)
+
+
+def resized_offsets(table: Tensor, length: int) -> Tensor:
+    """A table of offsets (L, d) resized linearly to another length."""
+    return table if table.shape[0] == length else interpolate(table.T[None], length, mode="linear")[0].T
 
 
 class DecomposedPositions(nn.Module):
@@ -162,9 +174,7 @@ class DecomposedPositions(nn.Module):
 
 def _by_offset(table: Tensor, length: int) -> Tensor:
     """For each of so many places the table's entries of its offsets to all of them: (L, d) -> (length, d, length)."""
-    if table.shape[0] != 2 * length - 1:
-        table = interpolate(table.T[None], 2 * length - 1, mode="linear")[0].T
-    return table.flip(0).unfold(0, length, 1).flip(0)
+    return resized_offsets(table, 2 * length - 1).flip(0).unfold(0, length, 1).flip(0)
 
 
 class MapAttention(Attention):

@@ -27,7 +27,7 @@ from torchvision.ops.poolers import LevelMapper
 
 from convmae import weights
 from convmae.errors import UserError
-from convmae.models.attention import WindowedAttention
+from convmae.models.attention import WindowedAttention, resized_offsets, resized_table
 from convmae.models.encoder import LAYERS_BEFORE_TRANSFORMER, ConvViT, grid_of
 from convmae.models.fitting import fit
 
@@ -175,9 +175,9 @@ class Detector(nn.Module):
             raise UserError(f"unknown form '{form}' of the detector: choose {' or '.join(FORMS)}")
         if num_classes < 1:
             raise UserError(f"a detector of {num_classes} classes: it needs at least one")
-        for names in (classes, category_ids):
-            if names is not None and len(names) != num_classes:
-                raise UserError(f"{len(names)} names for {num_classes} classes: give one to each")
+        for what, given in (("names", classes), ("category ids", category_ids)):
+            if given is not None and len(given) != num_classes:
+                raise UserError(f"{len(given)} {what} for {num_classes} classes: give one to each")
         if len(anchor_sizes) != len(_LEVELS) + 1:
             raise UserError(f"{len(anchor_sizes)} anchor sizes for 5 levels of the pyramid: give one to each")
         chosen = FORMS[form]
@@ -279,6 +279,7 @@ class Detector(nn.Module):
         )
         return DetectionLosses(cast(Tensor, sum(losses)), *losses)
 
+    @torch.no_grad()
     def detect(
         self,
         images: Tensor,
@@ -291,8 +292,10 @@ class Detector(nn.Module):
         by default the same.
 
         Returns for each image boxes (N, 4), labels (N,) from 1 on, scores (N,) in [0, 1] and masks (N, H, W) bool, in
-        pixels of the original picture.
+        pixels of the original picture. Raises UserError in training mode.
         """
+        if self.training:
+            raise UserError("a detector in training mode learns: call its eval() first")
         sizes = sizes or [(images.shape[-2], images.shape[-1])] * len(images)
         found = []
         for detection, size, original in zip(self(images, sizes=sizes), sizes, original_sizes or sizes, strict=True):
@@ -326,9 +329,8 @@ def fit_detector(state: weights.StateDict, model: Detector) -> weights.StateDict
 
     state: under our names: of an autoencoder, a classifier, an encoder or a detector. Parts that the detector does not
     have, such as a decoder, are left out; what the file does not have, relative positions and all after the encoder,
-    stays the model's, and so do last layers for another number of classes. Absolute positions stay in the file's grid
-    if the model was built for it, and are resized otherwise. Raises UserError that names the first tensor that does
-    not fit.
+    stays the model's, and so do last layers for another number of classes. Tables of positions are resized where the
+    model was built for other grids. Raises UserError that names the first tensor that does not fit.
     """
     own = model.state_dict()
     kept = {name: value for name, value in own.items() if not name.startswith("encoder.") or "positions." in name}
@@ -344,13 +346,20 @@ def fit_detector(state: weights.StateDict, model: Detector) -> weights.StateDict
         )
     parts = {name.split(".")[0] for name in own}
     given = {
-        name: value
+        name: _resized_positions(value, own[name]) if "positions." in name else value
         for name, value in state.items()
         if name.split(".")[0] in parts
         and not (new_classes and name.startswith(of_classes))
         and not ("positions." in name and name not in own)
     }
     return fit({**kept, **given}, own, resize_positions=True)
+
+
+def _resized_positions(table: Tensor, own: Tensor) -> Tensor:
+    """A file's table of relative positions in the size of the model's, where both are of as many heads or channels."""
+    if table.ndim != own.ndim or table.shape[-1] != own.shape[-1]:
+        return table  # which does not fit, and is told by its name
+    return resized_offsets(table, len(own)) if own.ndim == 2 else resized_table(table, (own.shape[0], own.shape[1]))
 
 
 class _Anchors(AnchorGenerator):

@@ -181,6 +181,8 @@ class ConvViT(nn.Module, HubEncoder):
         self.stage1 = nn.ModuleList(conv_block(widths[0], drop_path=rate) for rate in rates1)
         self.stage2 = nn.ModuleList(conv_block(widths[1], drop_path=rate) for rate in rates2)
         self.attention = attention
+        self.window_positions: RelativePositionTable | None = None
+        self.global_positions: RelativePositionTable | None = None
         if attention is None:
             self.stage3 = nn.ModuleList(TransformerBlock(widths[2], num_heads, mlp_ratio, rate) for rate in rates3)
         else:
@@ -235,6 +237,7 @@ class ConvViT(nn.Module, HubEncoder):
         taken, last = feature_take_indices(self.num_stages, indices)
         if last < 2:
             del self.downsample3, self.projection, self.pos_embed, self.stage3
+            self.window_positions = self.global_positions = None
         if last < 1:
             del self.downsample2, self.stage2
         self.num_stages = last + 1
@@ -283,7 +286,6 @@ class ConvViT(nn.Module, HubEncoder):
         """Make the transformer of the downstream forms."""
         window = (attention.window, attention.window)
         whole = sum(number in attention.global_blocks for number in range(len(rates)))
-        self.window_positions = self.global_positions = None
         if attention.positions == "shared" and whole < len(rates):
             self.window_positions = RelativePositionTable(window, num_heads)
         if attention.positions == "shared" and whole:

@@ -34,11 +34,11 @@ _TINY_DECODER = {"decoder_width": 128, "decoder_depth": 2, "decoder_num_heads": 
 # For pictures of 128 pixels or so.
 _TINY_DETECTOR = {
     "window": 4,
-    "head_width": 64,
+    "head_width": 48,
     "box_width": 256,
     "anchor_sizes": (16, 32, 64, 128, 256),
-    "proposals": 200,
-    "rois": 64,
+    "proposals": 100,
+    "rois": 32,
 }
 
 
@@ -148,8 +148,12 @@ def _known(state: weights.StateDict, facts: dict[str, Any], num_heads: int | Non
 def _classifier(
     state: weights.StateDict, facts: dict[str, Any], num_heads: int | None, settings: dict[str, Any]
 ) -> Classifier:
+    known = _known(state, facts, num_heads)
+    if _is_detector(state):  # whose tables of relative positions, sizes and classes are its own
+        state = {name: value for name, value in state.items() if "positions." not in name}
+        known = {**known, **weights.sizes(state), "classes": None, "num_classes": 0}
     accepted = inspect.signature(Classifier).parameters
-    known = {name: value for name, value in _known(state, facts, num_heads).items() if name in accepted}
+    known = {name: value for name, value in known.items() if name in accepted}
     known = {"num_classes": 0, **known}
     if settings.get("num_classes", known["num_classes"]) != known["num_classes"]:
         known.pop("classes", None)

@@ -115,6 +115,8 @@ def build_schedule(
         raise UserError(
             f"a warm-up of {warmup_epochs:g} epochs does not fit a run of {epochs}: lower --optimizer.warmup_epochs"
         )
+    if isinstance(options, DetectionOptimizerOptions) and options.schedule not in ("cosine", "steps"):
+        raise UserError(f"schedule cannot be '{options.schedule}': choose cosine or steps")
     if isinstance(options, DetectionOptimizerOptions) and options.schedule == "steps":
         first, second = options.steps_at
         if not 0 < first <= second < 1:
