@@ -1,21 +1,33 @@
 # make demo  installs and pretrains a tiny model on sample photographs, a few minutes on a CPU
+# make demo-detect  the same for a detector, on generated scenes
 # make test  installs and runs linters and tests
 # make bench times a training step against the published formulation
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench clean
+DEMO := runs/demo-detect-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo demo-detect test bench clean
 
 demo: .venv/installed
 	$(BIN)/convmae pretrain --config demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+demo-detect: .venv/installed
+	$(BIN)/convmae scenes --output $(DEMO)/scenes
+	$(BIN)/convmae pretrain --config demo --data $(DEMO)/scenes/train2017 --epochs 10 --optimizer.warmup-epochs 2 \
+		--output $(DEMO)/pretrained
+	$(BIN)/convmae detect train --config detect_demo --data $(DEMO)/scenes --weights $(DEMO)/pretrained \
+		--output $(DEMO)/detector
+	$(BIN)/convmae detect predict --images $(DEMO)/scenes/val2017 --weights $(DEMO)/detector --draw 10 \
+		--output $(DEMO)/predictions
 
 test: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: .venv/installed
 	$(BIN)/convmae bench
@@ -25,7 +37,7 @@ bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 .venv/installed: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo,detection]'
 	touch $@
 
 .venv/installed-for-tests: pyproject.toml | .venv/bin/python

@@ -6,6 +6,7 @@ import pytest
 from jsonargparse import auto_parser
 
 from convmae.cli import recipes
+from convmae.commands.detect import train as train_detector
 from convmae.commands.finetune import finetune
 from convmae.commands.pretrain import pretrain
 from convmae.commands.probe import probe
@@ -75,6 +76,48 @@ def test_the_linear_probe_holds_the_published_settings():
     assert (options.form, options.epochs, options.batch_size, options.image_size) == ("published", 90, 4096, 224)
     optimizer = options.optimizer
     assert (optimizer.base_lr, optimizer.warmup_epochs, optimizer.min_lr, optimizer.momentum) == (0.1, 10, 0, 0.9)
+
+
+def iterations(warmup_epochs, batch):
+    """Of a warm-up on COCO's 118,287 training images."""
+    return round(warmup_epochs * (118_287 // batch))
+
+
+def test_the_detector_holds_the_published_settings():
+    options = parsed("detect_base_25ep", command=train_detector)
+    assert (options.model, options.form, options.epochs, options.batch_size) == ("base", "paper", 25, 32)
+    assert (options.image_size, options.drop_path) == (1024, 0.1)
+    assert (tuple(options.jitter.scale), options.jitter.flip) == ((0.1, 2.0), 0.5)
+    optimizer = options.optimizer
+    assert optimizer.base_lr * 32 / 256 == pytest.approx(8e-5)
+    assert (optimizer.weight_decay, optimizer.layer_decay, optimizer.schedule) == (0.1, 1.0, "cosine")
+    assert iterations(optimizer.warmup_epochs, 32) == 461
+    assert (options.window, options.anchor_sizes) == (None, None)  # the form's
+
+
+def test_vitdet_s_detector_holds_the_published_settings():
+    options = parsed("detect_base_25ep_vitdet", command=train_detector)
+    assert (options.model, options.form, options.batch_size, options.image_size) == ("base", "vitdet", 16, 1024)
+    optimizer = options.optimizer
+    assert optimizer.base_lr * 16 / 256 == pytest.approx(1e-4)
+    assert (optimizer.weight_decay, optimizer.layer_decay, optimizer.schedule) == (0.1, 0.8, "steps")
+    assert iterations(optimizer.warmup_epochs, 16) == 250
+    assert [round(share * 184_375) for share in optimizer.steps_at] == pytest.approx([163_889, 177_546], abs=3)
+    assert options.epochs * (118_287 // 16) == pytest.approx(184_375, rel=0.003)
+
+
+def test_the_detector_s_demo_parses():
+    assert parsed("detect_demo", command=train_detector).model == "tiny"
+
+
+def test_the_detector_s_defaults_are_the_paper_s():
+    parser = auto_parser(train_detector, as_positional=False)
+    defaults = parser.instantiate(parser.parse_args(["--data", "photos"]))
+    published = parsed("detect_base_25ep", command=train_detector)
+    for name in ("epochs", "batch_size", "drop_path", "jitter"):
+        assert getattr(defaults, name) == getattr(published, name)
+    for name in ("base_lr", "weight_decay", "betas", "layer_decay", "schedule", "min_lr"):
+        assert getattr(defaults.optimizer, name) == getattr(published.optimizer, name)
 
 
 @pytest.mark.parametrize("command", [finetune, probe])

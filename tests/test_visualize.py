@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 
 from convmae.visualize import (
+    DrawnPicture,
     confusion_picture,
+    detection_picture,
     encoder_picture,
     loss_curve,
     neighbours_picture,
@@ -134,3 +136,26 @@ def test_components_become_colours_in_spite_of_outliers(tmp_path, channels):
         left, right = (picture.getpixel((int(width * x), int(height * y))) for x in (0.4, 0.6))
         assert max(left) < 20
         assert min(right) > 235
+
+
+def test_detections_are_drawn_over_their_pictures(tmp_path):
+    """A red and a blue object on white: inside the masks white is tinted, elsewhere it stays."""
+    masks = torch.zeros(2, 60, 80, dtype=torch.bool)
+    masks[0, 20:50, 10:30], masks[1, 20:50, 50:70] = True, True
+    objects = {
+        "boxes": torch.tensor([[10.0, 20.0, 30.0, 50.0], [50.0, 20.0, 70.0, 50.0]]),
+        "labels": torch.tensor([1, 2]),
+        "scores": torch.tensor([0.9, 0.8]),
+        "masks": masks,
+    }
+    nothing = {name: value[:0] for name, value in objects.items()}
+    white = torch.ones(3, 60, 80)
+    detection_picture(
+        tmp_path / "p.png", [[DrawnPicture(white, objects, "some"), DrawnPicture(white, nothing, "none")]], ["$a", "b"]
+    )
+    pixels = np.asarray(Image.open(tmp_path / "p.png").convert("RGB"), dtype=int)
+    tinted = pixels.max(axis=2) > pixels.min(axis=2)
+    half = pixels.shape[1] // 2
+    assert not tinted[:, half:].any()
+    share = tinted[:, :half].mean()
+    assert 0.15 < share < 0.4  # the masks are a quarter of the picture

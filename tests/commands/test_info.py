@@ -76,3 +76,27 @@ def test_the_table_is_printed(capsys):
 def test_mistakes_are_refused():
     with pytest.raises(UserError, match="not divisible by 16"):
         info("tiny", image_size=(64, 70))
+
+
+# By the published configuration, in millions, the position embedding kept at 14 x 14.
+DETECTOR = {"encoder": 84.6, "relative positions": 0.2, "pyramid": 2.9, "proposals": 1.2, "boxes": 15.6, "masks": 2.6}
+
+
+def test_the_detector_has_the_published_numbers(capsys):
+    result = info(task="detection")
+    assert {part: round(result.parameters[part] / 1e6, 1) for part in DETECTOR} == DETECTOR
+    assert round(result.parameters["total"] / 1e6, 1) == 107.2
+    assert result.parameters["total"] == sum(result.parameters[part] for part in DETECTOR)
+    assert round(result.gmac["total"] / 1e3, 1) == 0.9  # the paper's "0.9T" at 1024 x 1024
+    printed = capsys.readouterr().out
+    assert "107.18" in printed
+    assert all(part in printed for part in DETECTOR)
+
+
+def test_a_detector_s_arithmetic_grows_with_its_images():
+    """Heads see as many regions whatever the image; what convolves over the image grows with its area."""
+    small, large = (info("tiny", "detection", side, form="vitdet", num_classes=5) for side in (128, 256))
+    assert large.gmac["boxes"] == small.gmac["boxes"]
+    assert large.gmac["pyramid"] / small.gmac["pyramid"] == pytest.approx(4)
+    assert large.gmac["encoder"] / small.gmac["encoder"] > 4  # of attention to everything
+    assert small.parameters["encoder"] == large.parameters["encoder"]
