@@ -371,6 +371,10 @@ def test_mistakes_are_refused_before_anything_is_written(scenes, paper_file, tmp
         (["train", "--data", "nowhere", "--no-such-flag", "3"], "--no_such_flag"),
         (["train", "--optimizer.schedule", "sawtooth"], "--optimizer.schedule cannot be 'sawtooth'"),
         (["eval", "--data", "nowhere", "--weights", "nothing"], "nowhere/annotations/instances_val2017.json does not"),
+        (
+            ["eval", "--annotations", "nowhere.json", "--weights", "nothing"],
+            "nowhere.json does not exist: check --annot",
+        ),
         (["eval"], "weights"),
         (["predict", "--images", "demo", "--weights", "nothing.safetensors"], "no weights at nothing.safetensors"),
         (["predict", "--images", "demo", "--weights", "{autoencoder}"], "holds no detector: train one first"),

@@ -334,19 +334,19 @@ def test_the_missing_library_names_its_extra(coco, monkeypatch):
 
 def test_cocos_folder_and_paths_that_replace_its_parts(tmp_path):
     annotations, images = tmp_path / "annotations" / "instances_val2017.json", tmp_path / "val2017"
-    with pytest.raises(UserError, match=r"instances_val2017\.json does not exist: .* another path with --val-annotat"):
+    with pytest.raises(UserError, match=r"instances_val2017\.json does not exist: .* another path with --annotations"):
         find_coco(tmp_path, "val")
     annotations.parent.mkdir()
     annotations.touch()
-    with pytest.raises(UserError, match=r"val2017 does not exist: .* another path with --val-images"):
+    with pytest.raises(UserError, match=r"val2017 does not exist: .* another path with --images"):
         find_coco(tmp_path, "val")
     images.mkdir()
     assert find_coco(tmp_path, "val") == (annotations, images)
     assert find_coco(None, "train", annotations, images) == (annotations, images)
     assert find_coco(tmp_path, "val", images=tmp_path) == (annotations, tmp_path)
     with pytest.raises(UserError, match="nowhere does not exist: check --val-images"):
-        find_coco(tmp_path, "val", images=tmp_path / "nowhere")
-    with pytest.raises(UserError, match="give it as --data, or another path with --train-images"):
+        find_coco(tmp_path, "val", images=tmp_path / "nowhere", flags=("--val-annotations", "--val-images"))
+    with pytest.raises(UserError, match="give it as --data, or another path with --images"):
         find_coco(None, "train", annotations)
 
 

@@ -160,16 +160,20 @@ class CocoImages(ImageCollection):
 
 
 def find_coco(
-    data: Path | None, split: Literal["train", "val"], annotations: Path | None = None, images: Path | None = None
+    data: Path | None,
+    split: Literal["train", "val"],
+    annotations: Path | None = None,
+    images: Path | None = None,
+    flags: tuple[str, str] = ("--annotations", "--images"),
 ) -> tuple[Path, Path]:
     """The annotation file and the folder of pictures of one split.
 
     data: COCO's folder, with annotations/instances_SPLIT2017.json and SPLIT2017/; annotations and images, where given,
-    stand for these. Raises UserError where one does not exist.
+    stand for these. flags: what the user calls these two. Raises UserError where one does not exist.
     """
     return (
-        _found(data, annotations, f"annotations/instances_{split}2017.json", f"--{split}-annotations"),
-        _found(data, images, f"{split}2017", f"--{split}-images"),
+        _found(data, annotations, f"annotations/instances_{split}2017.json", flags[0]),
+        _found(data, images, f"{split}2017", flags[1]),
     )
 
 

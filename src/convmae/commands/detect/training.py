@@ -159,8 +159,13 @@ def train(
     if data == "demo":
         data = str(_demo_scenes(fabric, output, image_size))
     root = None if data is None else Path(data)
-    training = open_coco(*find_coco(root, "train", train_annotations, train_images), skip_damaged)
-    validation = open_coco(*find_coco(root, "val", val_annotations, val_images), skip_damaged)
+    training = open_coco(
+        *find_coco(root, "train", train_annotations, train_images, ("--train-annotations", "--train-images")),
+        skip_damaged,
+    )
+    validation = open_coco(
+        *find_coco(root, "val", val_annotations, val_images, ("--val-annotations", "--val-images")), skip_damaged
+    )
     if (training.classes, training.category_ids) != (validation.classes, validation.category_ids):
         raise UserError(f"{validation.name} has other categories than {training.name}: both need the same")
 
