@@ -1,6 +1,7 @@
 """Detection from end to end: what a run leaves, its figures, resume bit for bit, predictions, mistakes."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from torchvision.ops import box_iou
 
@@ -19,9 +21,11 @@ import convmae
 from convmae import cli, weights
 from convmae.commands import supervised
 from convmae.commands.detect.evaluation import evaluate
+from convmae.commands.detect.judgement import DetectionQuality, print_quality
 from convmae.commands.detect.prediction import predict
 from convmae.commands.detect.training import AnnotatedBatch, JitterOptions, train
 from convmae.data.scenes import CATEGORY_IDS, SHAPES, write_coco_scenes
+from convmae.evaluation.detection import CocoFigures
 from convmae.training.checkpoint import CheckpointOptions
 from convmae.training.engine import DeviceOptions, EngineOptions, start_engine
 from convmae.training.logging import LoggingOptions, read_metrics
@@ -268,6 +272,14 @@ def test_it_prints_the_twelve_figures_of_boxes_and_masks(finished, scenes, capsy
         assert f"{name}" in printed
     assert "boxes" in printed
     assert "masks" in printed
+
+
+def test_a_class_may_be_called_anything():
+    """Brackets are rich's markup elsewhere, where a closing one without its opening one raises."""
+    figures = CocoFigures(*[0.5] * 12, per_class=(0.25,))
+    console = Console(file=io.StringIO(), width=80)
+    print_quality(DetectionQuality(figures, figures), ["[/cat]"], console)
+    assert "[/cat]" in console.file.getvalue()
 
 
 def test_a_detector_is_not_judged_by_other_categories(finished, copied):

@@ -10,6 +10,7 @@ import torch.distributed
 from lightning.fabric import Fabric
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from convmae.data.detection import CocoImages, ResizeAndPad, collate_resized
 from convmae.data.loading import build_evaluation_loader
@@ -135,7 +136,7 @@ def print_quality(quality: DetectionQuality, classes: Sequence[str], console: Co
     for name in ("boxes", "masks"):
         table.add_column(name, justify="right")
     for name, *shares in zip(classes, *(kind.per_class for kind in kinds), strict=True):
-        table.add_row(name, *map(_percent, shares))
+        table.add_row(Text(name), *map(_percent, shares))
     console.print(table)
 
 
