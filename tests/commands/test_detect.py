@@ -323,6 +323,30 @@ def test_predictions_of_annotated_pictures_take_their_ids_and_are_those_of_the_e
     assert found.pictures == ()
 
 
+def test_pictures_of_the_same_name_take_the_ids_of_their_folders(paper_file, tmp_path):
+    """As labelling tools write them; a wrong id would be a wrong figure, later and elsewhere."""
+    for name in ("a/1.png", "b/1.png", "b/2.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "photos" / name)
+    file = tmp_path / "file.json"
+
+    def ids_of(**told):
+        entries = [{"id": int(number[1:]), "file_name": name} for number, name in told.items()]
+        file.write_text(json.dumps({"images": entries}))
+        options = {"annotations": file, "threshold": 0.0, "draw": 0, "engine": ON_CPU}
+        found = predict(str(tmp_path / "photos"), paper_file, tmp_path / "found", **options)
+        results = json.loads(found.results.read_text())
+        return {(os.path.relpath(one["file_name"], tmp_path / "photos"), one["image_id"]) for one in results}
+
+    found = ids_of(_3="b/1.png", _5="a/1.png", _9="elsewhere/2.png")
+    assert found
+    assert found <= {("b/1.png", 3), ("a/1.png", 5), ("b/2.png", 9)}
+    with pytest.raises(convmae.UserError, match=r"has one image for both .*a/1\.png and .*b/1\.png"):
+        ids_of(_3="1.png", _9="2.png")
+    with pytest.raises(convmae.UserError, match=r"does not tell which of its images named 1\.png is .*a/1\.png"):
+        ids_of(_3="1.png", _4="1.png", _9="2.png")
+
+
 def test_pictures_of_another_size_are_detected_in_their_own_pixels(finished, scenes, tmp_path):
     """Twice as large, a picture is fitted back to what the detector sees: its boxes are twice as large."""
     folder = tmp_path / "large"

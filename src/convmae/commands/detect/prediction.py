@@ -126,14 +126,31 @@ def _image_ids(pictures: ImageCollection, annotations: Path | None) -> list[int]
         return list(range(1, len(pictures) + 1))
     try:
         entries = json.loads(Path(annotations).read_bytes())["images"]
-        by_name = {Path(entry["file_name"]).name: entry["id"] for entry in entries}
+        told = {entry["id"]: Path(entry["file_name"]) for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{annotations} is no file in COCO's format: it needs images with id and file_name") from error
-    names = [Path(pictures.picture_name(index)).name for index in range(len(pictures))]
-    unknown = [name for name in names if name not in by_name]
+    by_name: dict[str, list[int]] = {}
+    for image_id, file in told.items():
+        by_name.setdefault(file.name, []).append(image_id)
+    paths = [Path(pictures.picture_name(index)) for index in range(len(pictures))]
+    unknown = [path.name for path in paths if path.name not in by_name]
     if unknown:
-        raise UserError(f"{annotations} lacks {len(unknown)} of the {len(names)} images, the first is {unknown[0]}")
-    return [by_name[name] for name in names]
+        raise UserError(f"{annotations} lacks {len(unknown)} of the {len(paths)} images, the first is {unknown[0]}")
+    found: dict[int, Path] = {}
+    for path in paths:
+        image_ids = by_name[path.name]
+        if len(image_ids) > 1:  # the file's folders may begin elsewhere than the user's, so they count only here
+            image_ids = [
+                image_id for image_id in image_ids if path.parts[-len(told[image_id].parts) :] == told[image_id].parts
+            ]
+        if len(image_ids) != 1:
+            raise UserError(f"{annotations} does not tell which of its images named {path.name} is {path}: rename them")
+        if image_ids[0] in found:
+            raise UserError(
+                f"{annotations} has one image for both {found[image_ids[0]]} and {path}: give only one of them"
+            )
+        found[image_ids[0]] = path
+    return list(found)
 
 
 def _draw(path: Path, pictures: ImageCollection, index: int, detection: dict[str, Tensor], classes: list[str]) -> None:
