@@ -243,6 +243,20 @@ def test_what_is_missing_or_broken_stops_or_is_left_out_and_listed(copied, paper
     assert missing.name in listed[2]
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_there_must_be_something_to_learn_and_to_judge_by(copied, paper_file, tmp_path, split):
+    """Boxes alone, as some tools export them, are all left out; what then trains is nothing."""
+
+    def drop_masks(content):
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = []
+
+    change_annotations(copied, split, drop_masks)
+    with pytest.raises(convmae.UserError, match=rf"instances_{split}2017\.json has no objects, or only crowds"):
+        small_run(copied, tmp_path / "run", paper_file, skip_damaged=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_demo_needs_no_data(paper_file, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "convmae.commands.detect.training.write_coco_scenes",

@@ -168,6 +168,9 @@ def train(
     )
     if (training.classes, training.category_ids) != (validation.classes, validation.category_ids):
         raise UserError(f"{validation.name} has other categories than {training.name}: both need the same")
+    for source in (training, validation):
+        if not source.num_objects:
+            raise UserError(f"{source.name} has no objects, or only crowds: annotate some, or give another file")
 
     torch.manual_seed(seed)
     stated = {
