@@ -76,6 +76,8 @@ def test_the_table_is_printed(capsys):
 def test_mistakes_are_refused():
     with pytest.raises(UserError, match="not divisible by 16"):
         info("tiny", image_size=(64, 70))
+    with pytest.raises(UserError, match="task cannot be 'segmentation': choose one of pretraining, detection"):
+        info("tiny", "segmentation")
 
 
 # By the published configuration, in millions, the position embedding kept at 14 x 14.

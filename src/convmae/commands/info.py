@@ -15,6 +15,7 @@ from convmae.benchmarks.arithmetic import count_macs
 from convmae.models.autoencoder import ConvMAE
 from convmae.models.encoder import height_and_width
 from convmae.models.registry import create_autoencoder, create_classifier, create_detector
+from convmae.training.run import check_choice
 
 # Rows of the table -> the modules whose arithmetic and parameters they count.
 PARTS = {
@@ -75,7 +76,10 @@ def info(
         multi_scale: fuse stages 1 and 2 into the latent (multi-scale decoder).
         form: of the detector.
         num_classes: of the detector.
+
+    Raises UserError for sizes and names that no model has.
     """
+    check_choice("task", task, ("pretraining", "detection"))
     if task == "detection":
         size = height_and_width(image_size or 1024)
         detector = _inspect_detector(model, size, in_channels, kernel_size, form, num_classes)
