@@ -404,6 +404,8 @@ def test_damaged_pictures_stop_or_are_left_out(finished, copied, tmp_path, capsy
         ({"train_images": "nowhere"}, "nowhere does not exist: check --train-images"),
         ({"val_annotations": "nowhere.json"}, "nowhere.json does not exist: check --val-annotations"),
         ({"data": None}, "without COCO's folder"),
+        ({"data": "demo", "image_size": 100}, "image size 100x100 does not suit a detector"),
+        ({"anchor_sizes": (0, 16, 32, 64, 128)}, "anchors of 0 pixels"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(scenes, paper_file, tmp_path, changes, message):
@@ -429,6 +431,8 @@ def test_mistakes_are_refused_before_anything_is_written(scenes, paper_file, tmp
         (["predict", "--images", "demo", "--weights", "nothing.safetensors"], "no weights at nothing.safetensors"),
         (["predict", "--images", "demo", "--weights", "{autoencoder}"], "holds no detector: train one first"),
         (["predict", "--images", "demo", "--weights", "{paper}", "--threshold", "2"], "threshold is a score"),
+        (["predict", "--images", "demo", "--weights", "{paper}", "--image-size", "100"], "does not suit a detector"),
+        (["predict", "--images", "demo", "--weights", "{paper}", "--batch-size", "0"], "batch_size is 0"),
         (
             ["predict", "--images", "demo", "--weights", "{paper}", "--annotations", "{paper}"],
             "no file in COCO's format",

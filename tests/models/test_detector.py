@@ -403,6 +403,7 @@ def test_a_small_detector_learns_two_images_by_heart(form):
         ({"classes": ["cat", "dog"]}, "2 names for 3 classes"),
         ({"category_ids": [1, 2, 3, 4]}, "4 category ids for 3 classes"),
         ({"anchor_sizes": (32, 64)}, "2 anchor sizes for 5 levels"),
+        ({"anchor_sizes": (0, 8, 16, 32, 64)}, "anchors of 0 pixels cannot be"),
         ({"window": 0}, "window 0 or global blocks .* cannot be"),
         ({"global_blocks": (0, 4)}, r"global blocks \(0, 4\) cannot be: there are 4 blocks"),
         ({"image_size": (100, 128)}, "image size 100x128 does not suit a detector: choose multiples of 32 from 64 on"),

@@ -21,8 +21,8 @@ from convmae.data.loading import Transform, build_evaluation_loader
 from convmae.data.sources import EXTENSIONS, ImageCollection, open_files, open_images
 from convmae.errors import UserError
 from convmae.models.classifier import Classifier
-from convmae.models.detector import Detector
-from convmae.models.encoder import grid_of
+from convmae.models.detector import Detector, checked_size
+from convmae.models.encoder import grid_of, height_and_width
 from convmae.models.registry import load, load_classifier
 from convmae.training.engine import DeviceOptions, loader_workers, start_engine
 
@@ -100,17 +100,25 @@ class TrainedDetector(Trained):
     """A frozen detector on its device."""
 
     network: Detector
+    image_size: tuple[int, int]
+    """Height and width into which pictures are fitted."""
 
 
-def load_trained_detector(weights: Path, engine: DeviceOptions) -> TrainedDetector:
-    """The detector of a run or weights file, frozen, on the device that `engine` names."""
+def load_trained_detector(
+    weights: Path, image_size: int | tuple[int, int] | None, engine: DeviceOptions
+) -> TrainedDetector:
+    """The detector of a run or weights file, frozen, on the device that `engine` names.
+
+    image_size: into which pictures are fitted, one number or height and width; by default that of its training.
+    """
     file = weights_files.locate(Path(weights))  # Python callers may pass a string
     network = load(file)
     if not isinstance(network, Detector):
         raise UserError(f"{weights} holds no detector: train one first, with convmae detect train")
+    size = checked_size(network.settings["image_size"] if image_size is None else height_and_width(image_size))
     fabric = start_engine(engine)
     network.to(fabric.device).eval().requires_grad_(False)
-    return TrainedDetector(network, fabric, file, loader_workers(engine, fabric))
+    return TrainedDetector(network, fabric, file, loader_workers(engine, fabric), size)
 
 
 def open_pictures(images: str | Path, split: str = "train") -> ImageCollection:

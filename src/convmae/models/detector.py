@@ -180,13 +180,15 @@ class Detector(nn.Module):
                 raise UserError(f"{len(given)} {what} for {num_classes} classes: give one to each")
         if len(anchor_sizes) != len(_LEVELS) + 1:
             raise UserError(f"{len(anchor_sizes)} anchor sizes for 5 levels of the pyramid: give one to each")
+        if min(anchor_sizes) < 1:
+            raise UserError(f"anchors of {min(anchor_sizes)} pixels cannot be: sizes are at least 1")
         chosen = FORMS[form]
         window = chosen.window if window is None else window
         blocks = chosen.global_blocks(depths[2]) if global_blocks is None else tuple(global_blocks)
         if window < 1 or not all(0 <= block < depths[2] for block in blocks):
             raise UserError(f"window {window} or global blocks {blocks} cannot be: there are {depths[2]} blocks")
         self.settings: dict[str, Any] = {  # what a weights file records, so that `load` builds the same detector
-            "image_size": _checked_size(image_size),
+            "image_size": checked_size(image_size),
             "in_channels": in_channels,
             "num_classes": num_classes,
             "form": form,
@@ -261,7 +263,7 @@ class Detector(nn.Module):
         Returns DetectionLosses, or for each image boxes (N, 4), labels (N,), scores (N,) and masks (N, 1, 28, 28),
         which are probabilities inside their boxes. All boxes are in pixels of `images`.
         """
-        height, width = _checked_size(images.shape[-2:])
+        height, width = checked_size(images.shape[-2:])
         maps = self.encoder.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
         levels = self.pyramid([x.permute(0, 3, 1, 2) for x in maps])  # channels-last in memory
         inside = ImageList(images, list(sizes or [(height, width)] * len(images)))
@@ -399,7 +401,8 @@ class _RegionPooling(MultiScaleRoIAlign):
         return crops.contiguous(memory_format=torch.channels_last)  # faster convolutions
 
 
-def _checked_size(image_size: Sequence[int]) -> tuple[int, int]:
+def checked_size(image_size: Sequence[int]) -> tuple[int, int]:
+    """The (height, width) of images that a detector takes; raises UserError for others."""
     height, width = image_size
     if min(height, width) < _SMALLEST or height % 32 or width % 32:
         raise UserError(

@@ -11,7 +11,6 @@ from convmae.commands.detect.judgement import DetectionQuality, Judge, print_qua
 from convmae.commands.inference import checked_output, load_trained_detector, report_damaged
 from convmae.data.detection import find_coco, open_coco
 from convmae.errors import UserError
-from convmae.models.encoder import height_and_width
 from convmae.training.checkpoint import replace_file
 from convmae.training.engine import EngineOptions
 from convmae.training.run import check_positive
@@ -52,17 +51,16 @@ def evaluate(
         output = checked_output(output, (".json",))
     file, folder = find_coco(None if data is None else Path(data), split, annotations, images)
     source = open_coco(file, folder, skip_damaged)
-    model = load_trained_detector(weights, engine)
+    model = load_trained_detector(weights, image_size, engine)
     network, fabric = model.network, model.fabric
     known = (network.settings["classes"], network.settings["category_ids"])
     if known != (source.classes, source.category_ids):
         raise UserError(f"{source.name} has other categories than the detector of {weights}: they cannot be compared")
     damaged = list(source.left_out)
-    size = network.settings["image_size"] if image_size is None else height_and_width(image_size)
     judge = Judge(
         fabric,
         source,
-        size,
+        model.image_size,
         network.settings["in_channels"],
         lambda _, failed: damaged.extend(failed),
         batch_size,

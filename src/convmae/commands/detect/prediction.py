@@ -17,7 +17,6 @@ from convmae.data.images import decode_image
 from convmae.data.sources import ImageCollection
 from convmae.errors import UserError
 from convmae.evaluation.detection import coco_results
-from convmae.models.encoder import height_and_width
 from convmae.training.checkpoint import replace_file
 from convmae.training.engine import DeviceOptions
 from convmae.visualize import DrawnPicture, detection_picture
@@ -78,12 +77,11 @@ def predict(
         raise UserError(f"{output} is a file: choose a folder for the detections")
     pictures = open_pictures(images, split)
     image_ids = _image_ids(pictures, annotations)
-    model = load_trained_detector(weights, engine)
+    model = load_trained_detector(weights, image_size, engine)
     network = model.network
-    size = network.settings["image_size"] if image_size is None else height_and_width(image_size)
-    (output / "pictures").mkdir(parents=True, exist_ok=True)
-    fit = ResizeAndPad(size, network.settings["in_channels"])
+    fit = ResizeAndPad(model.image_size, network.settings["in_channels"])
     batches = OrderedBatches(model, fit, pictures, batch_size, skip_damaged, "detecting", collate_fn=collate_resized)
+    (output / "pictures").mkdir(parents=True, exist_ok=True)
     category_ids = network.settings["category_ids"] or range(1, network.num_classes + 1)
     results: list[dict[str, Any]] = []
     drawn: list[Path] = []

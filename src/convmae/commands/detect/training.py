@@ -22,7 +22,7 @@ from convmae.data.loading import build_training_loader
 from convmae.data.sampler import mixed_seed
 from convmae.data.scenes import write_coco_scenes
 from convmae.errors import UserError
-from convmae.models.detector import DetectionLosses, Detector
+from convmae.models.detector import DetectionLosses, Detector, checked_size
 from convmae.models.encoder import height_and_width
 from convmae.models.registry import create_detector, fill, load_detector
 from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state, replace_file
@@ -304,8 +304,9 @@ class DetectorTraining(nn.Module):
 def _demo_scenes(fabric: Fabric, output: Path, image_size: int | tuple[int, int] | None) -> Path:
     """The folder of the generated scenes, written by one process."""
     folder = output / "scenes"
+    size = checked_size(height_and_width(image_size or 128))  # before thousands of them are written
     if fabric.is_global_zero:
-        write_coco_scenes(folder, image_size=height_and_width(image_size or 128))
+        write_coco_scenes(folder, image_size=size)
     fabric.barrier()
     return folder
 
