@@ -20,10 +20,14 @@ def test_no_failures_no_file(tmp_path):
 
 
 def test_only_more_than_a_few_percent_are_worth_a_warning(tmp_path):
-    few, many, early = (DecodingFailures(tmp_path) for _ in range(3))
+    few, many, early, listed = (DecodingFailures(tmp_path) for _ in range(4))
     few.record(980, ["x"] * 20)
     many.record(960, ["x"] * 40)
     early.record(3, ["x"] * 3)
+    listed.record(960, [])
+    listed.list_once([f"annotation {number}" for number in range(40)])
     assert few.warning() is None
     assert early.warning() is None
+    assert listed.warning() is None
+    assert listed.count == 40
     assert "4% of the images cannot be decoded" in many.warning()

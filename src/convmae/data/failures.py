@@ -20,6 +20,10 @@ class DecodingFailures:
         """Add a batch: how many images were decoded, and name and reason of each that was not."""
         self._decoded += decoded
         self._failed += len(failed)
+        self.list_once(failed)
+
+    def list_once(self, failed: Sequence[str]) -> None:
+        """Write down what was never to be decoded, such as broken annotations; it is no share of the images."""
         new = [failure for failure in dict.fromkeys(failed) if failure not in self._listed]
         if new:
             self._listed.update(new)

@@ -225,7 +225,7 @@ def train(
     log = RunLog(output, logging, active=fabric.is_global_zero)
     if fabric.is_global_zero:
         keep_config(output, settings, restored["step"] if restored else 0)
-        failures.record(0, training.left_out + validation.left_out)
+        failures.list_once(training.left_out + validation.left_out)
     best = output / "best" / weights_files.MODEL_FILE
 
     def batches(epoch: int, first: int) -> Iterator[AnnotatedBatch]:
