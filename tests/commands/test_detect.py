@@ -21,7 +21,7 @@ import convmae
 from convmae import cli, weights
 from convmae.commands import supervised
 from convmae.commands.detect.evaluation import evaluate
-from convmae.commands.detect.judgement import DetectionQuality, print_quality
+from convmae.commands.detect.judgement import DetectionQuality, Judge, print_quality
 from convmae.commands.detect.prediction import predict
 from convmae.commands.detect.training import AnnotatedBatch, JitterOptions, train
 from convmae.data.scenes import CATEGORY_IDS, SHAPES, write_coco_scenes
@@ -277,6 +277,21 @@ def test_the_figures_of_a_run_are_those_of_its_kept_detector(finished, scenes, t
     results = json.loads((tmp_path / "results.json").read_text())
     assert {result["category_id"] for result in results} <= set(CATEGORY_IDS)
     assert {result["image_id"] for result in results} <= {image["id"] for image in annotations_of(scenes)["images"]}
+
+
+def test_what_other_processes_left_out_is_listed_too(finished, copied, monkeypatch, capsys):
+    broken = sorted((copied / "val2017").iterdir())[0]
+    broken.write_bytes(b"no picture")
+
+    def gathered_from_two(judge, found):
+        return [*found, "elsewhere.jpg: broken"] if all(isinstance(one, str) for one in found) else list(found)
+
+    monkeypatch.setattr(Judge, "gathered", gathered_from_two)
+    evaluate(finished.folder, copied, skip_damaged=True, engine=IN_PROCESS)
+    listed = capsys.readouterr().err
+    assert "damaged images that were left out: 2" in listed
+    assert str(broken) in listed
+    assert "elsewhere.jpg" in listed
 
 
 def test_it_prints_the_twelve_figures_of_boxes_and_masks(finished, scenes, capsys):

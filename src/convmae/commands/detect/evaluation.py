@@ -56,7 +56,7 @@ def evaluate(
     known = (network.settings["classes"], network.settings["category_ids"])
     if known != (source.classes, source.category_ids):
         raise UserError(f"{source.name} has other categories than the detector of {weights}: they cannot be compared")
-    damaged = list(source.left_out)
+    damaged: list[str] = []
     judge = Judge(
         fabric,
         source,
@@ -79,9 +79,10 @@ def evaluate(
         )
     )
     results = judge.gathered(found)
+    left_out = [*source.left_out, *judge.gathered(damaged)]
     quality = judge.quality(results)
     if fabric.is_global_zero:
-        report_damaged(damaged)
+        report_damaged(left_out)
         print_quality(quality, source.classes, Console())
         if output is not None:
             text = json.dumps([result for _, of_image in results for result in of_image])

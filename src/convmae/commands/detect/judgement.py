@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed
@@ -20,6 +20,8 @@ from convmae.models.detector import Detector
 
 ImageResults = tuple[int, list[dict[str, Any]]]
 """A picture's id, and what was found in it as COCO's results."""
+
+T = TypeVar("T")
 
 _KINDS: tuple[Literal["bbox"], Literal["segm"]] = ("bbox", "segm")
 
@@ -100,8 +102,8 @@ class Judge:
                 yield image_id, coco_results(image_id, detection, self._source.category_ids)
         network.train(was_training)
 
-    def gathered(self, found: Sequence[ImageResults]) -> list[ImageResults]:
-        """The detections of all processes, see `detections`."""
+    def gathered(self, found: Sequence[T]) -> list[T]:
+        """What all processes found, of what one did."""
         if self._fabric.world_size == 1:
             return list(found)
         parts: list[Any] = [None] * self._fabric.world_size
