@@ -120,8 +120,9 @@ class RelativePositionTable(nn.Module):
         """The bias of each pair of tokens, (h, H*W, H*W): how the first attends to the second."""
         height, width = grid
         table = resized_table(self.table, (2 * height - 1, 2 * width - 1)).permute(2, 0, 1)
-        if torch.is_autocast_enabled(table.device.type):  # else each block would turn all pairs into that type anew
-            table = table.to(torch.get_autocast_dtype(table.device.type))
+        device = table.device.type  # "meta" knows no autocast
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            table = table.to(torch.get_autocast_dtype(device))  # else each block would turn all pairs into it anew
         # Of all H x W windows over the table, turned by half a circle, the last is the first token's row of keys. As
         # views these cost one copy and a fast gradient, where an index of H*W*H*W places would cost more than the rest.
         rows = table.flip(1, 2).unfold(1, height, 1).unfold(2, width, 1).flip(1, 2)  # (h, H, W, H, W)
