@@ -194,9 +194,9 @@ def _draw_objects(cell: Axes, objects: Mapping[str, Tensor], classes: Sequence[s
     scores, masks = objects.get("scores"), objects["masks"].numpy().astype(bool)
     of_objects = [colours[(label - 1) % len(colours)] for label in objects["labels"].tolist()]
     height, width = masks.shape[1:]
-    layer = np.zeros((height, width, 4))
+    layer = np.zeros((height, width, 4), dtype=np.uint8)
     for mask, colour in reversed(list(zip(masks, of_objects, strict=True))):  # the most certain in front
-        layer[mask] = (*colour, 0.45)
+        layer[mask] = [round(255 * part) for part in (*colour, 0.45)]
     cell.imshow(layer, extent=(0, width, height, 0), interpolation="nearest")
     for number, (left, top, right, bottom) in enumerate(objects["boxes"].tolist()):
         colour = of_objects[number]

@@ -258,8 +258,8 @@ def test_an_annotation_without_an_id_is_called_by_its_place(coco):
         ({"id": 3}, r"image 3 \(2 images have this id\)"),
         ({"id": "9"}, r"the one at place 2 \(its id is not a number\)"),
         ({"file_name": None}, r"image 9 \(it has no file_name\)"),
-        ({"height": 0}, r"image 9 \(its height and width are not positive numbers\)"),
-        ({"width": "32"}, r"image 9 \(its height and width are not positive numbers\)"),
+        ({"height": 0}, r"image 9 \(its height and width are not whole numbers above 0\)"),
+        ({"width": "32"}, r"image 9 \(its height and width are not whole numbers above 0\)"),
     ],
 )
 def test_broken_images_are_refused_or_left_out_with_their_objects(change, fault, coco):

@@ -283,7 +283,7 @@ def _sound_pictures(entries: list[Any]) -> tuple[list[dict[str, Any]], list[str]
         elif not (isinstance(entry.get("file_name"), str) and entry["file_name"]):
             faults.append(f"image {image_id} (it has no file_name)")
         elif min(_number(entry, "height") or 0, _number(entry, "width") or 0) < 1:
-            faults.append(f"image {image_id} (its height and width are not positive numbers)")
+            faults.append(f"image {image_id} (its height and width are not whole numbers above 0)")
         else:
             sound.append(entry)
     return sound, faults
@@ -412,7 +412,7 @@ class LargeScaleJitter:
     ) -> None:
         """image_size: (H, W); scale: range of the factor, of which 1 fits a picture into (H, W); flip: probability."""
         pillow_mode(in_channels)  # refuses what no picture has before the run begins
-        if min(image_size) < 1 or not 0 < scale[0] <= scale[1] or not 0 <= flip <= 1:
+        if min(image_size) < 1 or not 0 < scale[0] <= scale[1] < math.inf or not 0 <= flip <= 1:
             raise UserError(
                 f"jitter needs a positive size, 0 < scale, and flip from 0 to 1: not {image_size}, {scale} and {flip}"
             )
@@ -488,7 +488,8 @@ def _decode_annotated(file: BinaryIO, annotation: Annotation | None, in_channels
     height, width = image.shape[1:]
     if annotation is not None and annotation.size != (height, width):
         told = f"{annotation.size[1]}x{annotation.size[0]}"
-        raise UndecodableImageError(f"it is {width}x{height}, the annotations say {told}")
+        turned = ", perhaps before its EXIF data turn it" if annotation.size == (width, height) else ""
+        raise UndecodableImageError(f"it is {width}x{height}, the annotations say {told}{turned}")
     return image
 
 

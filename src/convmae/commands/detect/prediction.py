@@ -46,7 +46,7 @@ def predict(
     draw: int = 100,
     annotations: Path | None = None,
     image_size: int | tuple[int, int] | None = None,
-    batch_size: int = 8,
+    batch_size: int = 2,
     split: str = "train",
     skip_damaged: bool = False,
     engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
@@ -63,7 +63,7 @@ def predict(
             pictures are numbered from 1 on.
         image_size: pixels into which pictures are fitted, one number or [height, width], multiples of 32; by default
             that of the training.
-        batch_size: pictures at a time.
+        batch_size: pictures at a time; all masks of their objects are in memory, a byte a pixel.
         split: of a Hugging Face data set.
         skip_damaged: leave out and list images that cannot be decoded instead of stopping.
         engine: device and precision.

@@ -116,7 +116,7 @@ def train(
         batch_size: pictures a step, over all devices and passes; the paper's is 32.
         accumulate: forward and backward passes a step; more need less memory.
         image_size: pixels of the jittered pictures, one number or [height, width], multiples of 32; by default that of
-            a detector's weights, else 1024.
+            a detector's weights, else 1024, for the demo 128.
         in_channels: 1 (grey), 3 (RGB) or 4 (RGBA); by default that of the weights, else 3.
         window: side in tokens of the windows of most attention; by default the form's 16 or 14, for tiny 4.
         anchor_sizes: sides in pixels of the anchors of the five levels; by default 32 to 512, for tiny half of it.
@@ -157,7 +157,8 @@ def train(
 
     fabric = start_engine(engine)
     if data == "demo":
-        data = str(_demo_scenes(fabric, output, image_size))
+        image_size = image_size or 128
+        data = str(_demo_scenes(fabric, output, height_and_width(image_size)))
     root = None if data is None else Path(data)
     training = open_coco(
         *find_coco(root, "train", train_annotations, train_images, ("--train-annotations", "--train-images")),
@@ -301,12 +302,12 @@ class DetectorTraining(nn.Module):
         return self.detector(batch.images, batch.targets)
 
 
-def _demo_scenes(fabric: Fabric, output: Path, image_size: int | tuple[int, int] | None) -> Path:
+def _demo_scenes(fabric: Fabric, output: Path, image_size: tuple[int, int]) -> Path:
     """The folder of the generated scenes, written by one process."""
     folder = output / "scenes"
-    size = checked_size(height_and_width(image_size or 128))  # before thousands of them are written
+    checked_size(image_size)  # before thousands of them are written
     if fabric.is_global_zero:
-        write_coco_scenes(folder, image_size=size)
+        write_coco_scenes(folder, image_size=image_size)
     fabric.barrier()
     return folder
 
