@@ -91,6 +91,7 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # Options of a command come as `pretrain.data`; the user types `--data`.
         message = re.sub(rf"\b({'|'.join(map(re.escape, _functions()))})\.(?=\w)", "--", message)
+        message = re.sub(r'"(?:\w+\.)?subcommand"', "a subcommand", message)
         wrong_value = re.search(r'Parser key "([\w.]+)".*(?:Got|Given) value: (.*)', message, re.DOTALL)
         if wrong_value:
             message = f"--{wrong_value[1].replace('_', '-')} cannot be '{wrong_value[2].strip()}'"

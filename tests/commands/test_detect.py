@@ -453,6 +453,7 @@ def test_mistakes_are_refused_before_anything_is_written(scenes, paper_file, tmp
             "no file in COCO's format",
         ),
         (["dance"], "dance"),
+        ([], "expected a subcommand to be one of {train,eval,predict}"),
     ],
 )
 def test_the_command_line_ends_with_one_line_and_status_2(
