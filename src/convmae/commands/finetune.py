@@ -26,7 +26,7 @@ from convmae.models.registry import create_classifier, fill, load_classifier
 from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state, replace_file
 from convmae.training.engine import EngineOptions, loader_workers, start_engine
 from convmae.training.logging import LoggingOptions, RunLog, read_metrics
-from convmae.training.loop import Plan, Position
+from convmae.training.loop import Plan, Position, describe_run
 from convmae.training.optimizer import LayerDecayOptions, build_optimizer, build_schedule
 from convmae.training.run import check_positive, checkpoint_to_resume, divide_batch, keep_config, plain_settings
 from convmae.visualize import confusion_picture, loss_curve
@@ -202,9 +202,7 @@ def finetune(
         f"{f'weights {weights}' if weights else f'convmae {model} from scratch'}, "
         f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {data}: "
         f"{batches.num_images} images of {len(classes)} classes, "
-        f"{epochs} epochs of {steps_per_epoch} steps of {batch_size} images; "
-        f"{fabric.world_size} x {fabric.device.type}, {fabric._precision.precision}"
-        + (f"; resumed at step {restored['step']}" if restored else "")
+        f"{describe_run(plan, fabric, restored)}"
     )
     began = time.monotonic()
     try:

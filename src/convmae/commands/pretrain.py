@@ -24,7 +24,7 @@ from convmae.models.registry import create_autoencoder, fill
 from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions, loader_workers, start_engine
 from convmae.training.logging import PictureLoggingOptions, RunLog, read_metrics
-from convmae.training.loop import Plan, Position, train
+from convmae.training.loop import Plan, Position, describe_run, train
 from convmae.training.optimizer import OptimizerOptions, build_optimizer, build_schedule
 from convmae.training.run import (
     check_choice,
@@ -221,9 +221,7 @@ def pretrain(
     )
     log.say(
         f"convmae {model}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {data}: "
-        f"{epochs} epochs of {steps_per_epoch} steps of {batch_size} images; "
-        f"{fabric.world_size} x {fabric.device.type}, {fabric._precision.precision}"
-        + (f"; resumed at step {restored['step']}" if restored else "")
+        f"{describe_run(plan, fabric, restored)}"
     )
     began = time.monotonic()
     try:

@@ -43,6 +43,15 @@ class Position:
     skipped: int = 0
 
 
+def describe_run(plan: Plan, fabric: Fabric, restored: dict[str, Any] | None) -> str:
+    """How long a run is, on what, and from which step on where it is resumed: the end of its first line."""
+    return (
+        f"{plan.epochs} epochs of {plan.steps_per_epoch} steps of {plan.batch_size} images; "
+        f"{fabric.world_size} x {fabric.device.type}, {fabric._precision.precision}"
+        + (f"; resumed at step {restored['step']}" if restored else "")
+    )
+
+
 class Interrupted(Exception):  # noqa: N818 (no error: the user asked for it)
     """SIGTERM or Ctrl-C arrived; a checkpoint was written. `signal` is its number; only one process has a message."""
 

@@ -28,7 +28,7 @@ from convmae.models.registry import create_detector, fill, load_detector
 from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state, replace_file
 from convmae.training.engine import EngineOptions, loader_workers, start_engine
 from convmae.training.logging import LoggingOptions, RunLog, read_metrics
-from convmae.training.loop import Plan, Position
+from convmae.training.loop import Plan, Position, describe_run
 from convmae.training.optimizer import DetectionOptimizerOptions, build_optimizer, build_schedule
 from convmae.training.run import (
     check_choice,
@@ -252,9 +252,7 @@ def train(
         f"{f'weights {weights}' if weights else f'convmae {model} from scratch'}, {network.settings['form']} form, "
         f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {training.name}: "
         f"{training.num_objects} objects of {len(training.classes)} classes in {len(training)} images, "
-        f"{epochs} epochs of {steps_per_epoch} steps of {batch_size} images; "
-        f"{fabric.world_size} x {fabric.device.type}, {fabric._precision.precision}"
-        + (f"; resumed at step {restored['step']}" if restored else "")
+        f"{describe_run(plan, fabric, restored)}"
     )
     for source in (training, validation):
         if source.left_out or source.zero_size:
