@@ -12,10 +12,13 @@ from convmae.models.registry import (
     create_autoencoder,
     create_classifier,
     create_detector,
+    create_segmenter,
     load,
     load_classifier,
     load_detector,
+    load_segmenter,
 )
+from convmae.models.segmenter import Segmenter
 
 if TYPE_CHECKING:
     from convmae.commands import detect
@@ -37,11 +40,13 @@ __all__ = [
     "ConvMAE",
     "ConvViT",
     "Detector",
+    "Segmenter",
     "UserError",
     "bench",
     "create_autoencoder",
     "create_classifier",
     "create_detector",
+    "create_segmenter",
     "detect",
     "embed",
     "export",
@@ -50,6 +55,7 @@ __all__ = [
     "load",
     "load_classifier",
     "load_detector",
+    "load_segmenter",
     "neighbours",
     "predict",
     "pretrain",

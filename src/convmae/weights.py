@@ -25,6 +25,8 @@ StateDict = dict[str, Tensor]
 MODEL_FILE = "model.safetensors"
 _CONFIG_KEY = "convmae"
 
+_BACKBONE = "backbone."  # before the encoder's names in mmsegmentation's files
+
 # Published name -> our name, up to the block number in the middle and `.weight` or `.bias` at the end.
 _NAMES = [
     ("patch_embed{1,2,3}.", "encoder.downsample{1,2,3}."),
@@ -34,10 +36,14 @@ _NAMES = [
     ("blocks{1,2}.*.conv2.", "encoder.stage{1,2}.*.pointwise2."),
     ("blocks{3}.*.attn.rel_pos_h", "encoder.stage{3}.*.attn.positions.height"),
     ("blocks{3}.*.attn.rel_pos_w", "encoder.stage{3}.*.attn.positions.width"),
+    ("blocks{3}.*.attn.relative_position_bias_table", "encoder.stage{3}.*.attn.positions.table"),
+    ("blocks{3}.*.gamma_1", "encoder.stage{3}.*.ls1.gamma"),
+    ("blocks{3}.*.gamma_2", "encoder.stage{3}.*.ls2.gamma"),
     ("blocks{1,2,3}.", "encoder.stage{1,2,3}."),
     ("windowed_rel_pos_bias.relative_position_bias_table", "encoder.window_positions.table"),
     ("global_rel_pos_bias.relative_position_bias_table", "encoder.global_positions.table"),
     ("pos_embed", "encoder.pos_embed"),
+    ("fpn.", "downsample4."),  # of the segmenter, whose heads are called alike in both
     ("stage1_output_decode.", "project1."),
     ("stage2_output_decode.", "project2."),
     ("decoder_embed.", "decoder.embed."),
@@ -76,6 +82,11 @@ def is_published(state: Mapping[str, Tensor]) -> bool:
     return "patch_embed1.proj.weight" in state
 
 
+def is_segmenter(state: Mapping[str, Tensor]) -> bool:
+    """Whether the names are those of a segmenter, ours or the published ones."""
+    return "decode_head.conv_seg.weight" in state
+
+
 def from_published(state: Mapping[str, Tensor]) -> StateDict:
     """Published names and shapes to ours. Other names pass through unchanged."""
     ours = {}
@@ -88,7 +99,7 @@ def from_published(state: Mapping[str, Tensor]) -> StateDict:
         elif target.endswith("pos_embed"):
             side = _side(name, value.shape[1])
             value = value.unflatten(1, (side, side))  # (1, L, C) -> (1, H, W, C)
-        elif target.endswith("_positions.table"):
+        elif target.endswith("positions.table"):
             side = _side(name, value.shape[0])
             value = value.unflatten(0, (side, side))  # (L, h) -> (2H - 1, 2W - 1, h)
         ours[target] = value.contiguous()
@@ -113,8 +124,10 @@ def to_published(state: Mapping[str, Tensor]) -> StateDict:
             value = value.unflatten(1, (side, side, -1)).permute(0, 3, 1, 2)  # (D, f*f*C) -> (D, C, f, f)
         elif name.endswith("pos_embed"):
             value = value.flatten(1, 2)
-        elif name.endswith("_positions.table"):
+        elif name.endswith("positions.table"):
             value = value.flatten(0, 1)
+        if is_segmenter(state) and name.startswith(("encoder.", "downsample4.")):
+            target = _BACKBONE + target
         published[target] = value.contiguous()
     return published
 
@@ -136,8 +149,8 @@ def read(path: str | Path) -> tuple[StateDict, dict[str, Any]]:
         checkpoint folder or a run folder (its best model or newest checkpoint). Published and own names both work.
 
     Returns the state dict and what the file says of its model: our own files hold every setting of the model,
-    published ones at most `norm_pix`. Raises UserError for a missing, damaged or foreign file, and for a pickle that
-    holds any code but `argparse.Namespace`.
+    published ones at most `norm_pix` or the names of `classes`. Raises UserError for a missing, damaged or foreign
+    file, and for a pickle that holds any code but `argparse.Namespace`.
     """
     path = locate(Path(path))
     if path.suffix == ".safetensors":
@@ -158,13 +171,15 @@ def unwrap(content: Any, origin: str = "the state dict") -> tuple[StateDict, dic
     """Take the state dict out of any usual wrapping and give it our names; see `read`."""
     facts: dict[str, Any] = {}
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
-        arguments = content.get("args")
+        arguments, meta = content.get("args"), content.get("meta")
         if isinstance(arguments, argparse.Namespace) and hasattr(arguments, "norm_pix_loss"):
             facts["norm_pix"] = bool(arguments.norm_pix_loss)
+        if isinstance(meta, Mapping) and isinstance(meta.get("CLASSES"), list | tuple):  # mmsegmentation's
+            facts["classes"] = list(map(str, meta["CLASSES"]))
         content = next((content[key] for key in ("model", "state_dict") if key in content), None)
     if not isinstance(content, Mapping):
         raise UserError(f"{origin} holds no weights: expected a state dict, or one under 'model' or 'state_dict'")
-    prefix = re.compile(r"^(module\.|_orig_mod\.)+")
+    prefix = re.compile(rf"^(module\.|_orig_mod\.|{re.escape(_BACKBONE)})+")
     state = {prefix.sub("", name): value for name, value in content.items() if isinstance(value, Tensor)}
     if is_published(state):
         state = from_published(state)
@@ -235,4 +250,8 @@ def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         found["multi_scale"] = "project1.weight" in state
     elif "head.weight" in state:
         found["num_classes"] = state["head.weight"].shape[0]
+    elif is_segmenter(state):
+        found["num_classes"], found["head_width"] = state["decode_head.conv_seg.weight"].shape[:2]
+        if "auxiliary_head.conv_seg.weight" in state:
+            found["auxiliary_width"] = state["auxiliary_head.conv_seg.weight"].shape[1]
     return found

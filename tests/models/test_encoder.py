@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import convmae
-from convmae.models.attention import WindowedAttention
+from convmae.models.attention import AttentionOnMaps
 from convmae.models.encoder import Downsample, Normalize, merge_cells, resized_pos_embed, sincos_pos_embed
 
 
@@ -114,7 +114,7 @@ def windowed(attention, **settings):
 @pytest.mark.parametrize("global_blocks", [(), (0, 3), (0, 1, 2, 3)])
 def test_one_window_over_the_map_without_positions_changes_nothing(positions, global_blocks):
     plain = windowed(None)
-    model = windowed(WindowedAttention(positions, 4, global_blocks, (4, 4)))
+    model = windowed(AttentionOnMaps(positions, 4, global_blocks, (4, 4)))
     result = model.load_state_dict(plain.state_dict(), strict=False)
     assert result.unexpected_keys == []
     assert all("positions." in name for name in result.missing_keys)  # zero at first
@@ -126,8 +126,8 @@ def test_one_window_over_the_map_without_positions_changes_nothing(positions, gl
 @pytest.mark.parametrize("positions", ["shared", "decomposed"])
 def test_windows_of_other_sizes_than_the_map_s(positions):
     """Without a global block, what a token sees ends at its window and the convolutions' reach."""
-    apart = windowed(WindowedAttention(positions, 3, (), (4, 4)))
-    together = windowed(WindowedAttention(positions, 3, (2,), (4, 4)))
+    apart = windowed(AttentionOnMaps(positions, 3, (), (4, 4)))
+    together = windowed(AttentionOnMaps(positions, 3, (2,), (4, 4)))
     for size in ((64, 64), (48, 160), (112, 16)):
         for model, everywhere in ((apart, False), (together, True)):
             images = torch.randn(1, 3, *size, requires_grad=True)
@@ -144,7 +144,7 @@ def test_windows_of_other_sizes_than_the_map_s(positions):
 @pytest.mark.parametrize("attention", [None, "shared", "decomposed"])
 def test_gradient_checkpointing_changes_no_gradient(attention):
     if attention is not None:
-        attention = WindowedAttention(attention, 3, (1,), (4, 4))
+        attention = AttentionOnMaps(attention, 3, (1,), (4, 4))
     model = windowed(attention, drop_path=0.5).train()
     for name, parameter in model.named_parameters():
         if "positions." in name:
@@ -163,13 +163,13 @@ def test_gradient_checkpointing_changes_no_gradient(attention):
 
 
 def test_drop_path_grows_over_windowed_blocks_too():
-    model = windowed(WindowedAttention("shared", 4, (0,), (4, 4)), drop_path=0.5)
+    model = windowed(AttentionOnMaps("shared", 4, (0,), (4, 4)), drop_path=0.5)
     blocks = [*model.stage1, *model.stage2, *model.stage3]
     assert [block.drop_path.drop_prob for block in blocks] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
 
 
 def test_the_start_for_training_with_labels_is_the_published_one():
-    model = windowed(WindowedAttention("decomposed", 4, (0,), (4, 4)), widths=(16, 24, 96))
+    model = windowed(AttentionOnMaps("decomposed", 4, (0,), (4, 4)), widths=(16, 24, 96))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.initialise_for_supervision()
     for name, value in model.state_dict().items():

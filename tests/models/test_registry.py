@@ -199,7 +199,7 @@ def test_a_detector_without_its_settings_is_refused():
 def test_weights_of_the_other_form_are_refused_in_one_line(tmp_path):
     model = detector(form="vitdet")
     weights.save(tmp_path / "d.safetensors", model.state_dict(), model.settings)
-    with pytest.raises(convmae.UserError, match=r"do not fit the model: the file has pyramid\.") as error:
+    with pytest.raises(convmae.UserError, match=r"do not fit the model: the file lacks pyramid\.") as error:
         convmae.load_detector(tmp_path / "d.safetensors", form="paper")
     assert "\n" not in str(error.value)
 

@@ -12,7 +12,7 @@ from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias, wind
 from torch import Tensor, nn
 
 from convmae.masking import Grid
-from convmae.models.attention import MapAttention, RelativePositionTable
+from convmae.models.attention import DecomposedPositions, MapAttention, RelativePositionTable
 from convmae.models.detector import Detector
 
 
@@ -67,7 +67,7 @@ class _UnfusedAttention(MapAttention):
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # (B, h, N, N)
         if bias is not None:
             scores = scores + bias()
-        if (tables := self.positions) is not None:
+        if isinstance(tables := self.positions, DecomposedPositions):
             of_places = get_decomposed_rel_pos_bias(query.flatten(0, 1), tables.height, tables.width, grid, grid)
             scores = scores + of_places.view_as(scores)
         y = scores.softmax(dim=-1) @ value

@@ -6,7 +6,7 @@ Shape letters: B sequences, N tokens, M of them, C channels, h heads, d = C / h 
 from typing import NamedTuple
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, LayerScale
 from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot, pad, scaled_dot_product_attention
@@ -76,11 +76,13 @@ class TransformerBlock(nn.Module):
     With `queries`, M tokens of each image, only those are computed; the others serve as keys and values: -> (B, M, C).
     """
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -92,18 +94,22 @@ class TransformerBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class WindowedAttention(NamedTuple):
-    """How an encoder's transformer blocks attend on maps too large for all of them to see everything.
+class AttentionOnMaps(NamedTuple):
+    """How an encoder's transformer blocks attend on dense maps in a downstream form, and what else is its own there.
 
-    positions: "shared", a table of biases that all windowed blocks share and one that all global blocks do, or
-        "decomposed", for each block one table of rows and one of columns. window: side of the windows in tokens.
-        global_blocks: numbers of the blocks that see the whole map. grid: of the maps that the global tables are for.
+    positions: "shared", a table of biases that all windowed blocks share and one that all global blocks do; "own", a
+        table for each block; or "decomposed", for each block one table of rows and one of columns. window: side of the
+        windows in tokens. global_blocks: numbers of the blocks that see the whole map. grid: of the maps that the
+        global tables are for. layer_scale: at first, of the blocks' two branches; None: there is none. norm_eps:
+        epsilon of the blocks' LayerNorms.
     """
 
     positions: str
     window: int
     global_blocks: tuple[int, ...]
     grid: Grid
+    layer_scale: float | None = None
+    norm_eps: float = 1e-6
 
 
 class RelativePositionTable(nn.Module):
@@ -186,7 +192,11 @@ class MapAttention(Attention):
     """
 
     def __init__(
-        self, width: int, num_heads: int, window: int = 0, positions: DecomposedPositions | None = None
+        self,
+        width: int,
+        num_heads: int,
+        window: int = 0,
+        positions: RelativePositionTable | DecomposedPositions | None = None,
     ) -> None:
         super().__init__(width, num_heads)
         self.window = window
@@ -199,7 +209,9 @@ class MapAttention(Attention):
             x, padded = window_partition(x, self.window)  # (B, H, W, C) -> (B*n, w, w, C)
         query, key, value = self._heads(x.flatten(1, 2))
         scale = None
-        if self.positions is not None:
+        if isinstance(self.positions, RelativePositionTable):
+            bias = self.positions(grid)
+        elif self.positions is not None:
             query, key = self.positions.extend(query, key, grid)
             scale = 1.0
         y = attend(query, key, value, bias, scale)
@@ -208,15 +220,30 @@ class MapAttention(Attention):
 
 
 class MapBlock(TransformerBlock):
-    """The transformer block on a map: (B, H, W, C) -> (B, H, W, C)."""
+    """The transformer block on a map: (B, H, W, C) -> (B, H, W, C).
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, drop_path: float, attention: MapAttention) -> None:
-        super().__init__(width, num_heads, mlp_ratio, drop_path)
+    layer_scale: at first, of each channel of a branch's result; None: there is none.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        drop_path: float,
+        attention: MapAttention,
+        layer_scale: float | None = None,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__(width, num_heads, mlp_ratio, drop_path, norm_eps)
         self.attn: MapAttention = attention
+        self.ls1, self.ls2 = (
+            nn.Identity() if layer_scale is None else LayerScale(width, layer_scale) for _ in range(2)
+        )
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        x = x + self.drop_path(self.attn(self.norm1(x), bias))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), bias)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 def take_tokens(x: Tensor, packing: Packing) -> Tensor:

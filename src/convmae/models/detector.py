@@ -5,7 +5,6 @@ from the encoder to a feature pyramid, and how it all is put together. Shape let
 W width in pixels, N objects.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
@@ -27,11 +26,9 @@ from torchvision.ops.poolers import LevelMapper
 
 from convmae import weights
 from convmae.errors import UserError
-from convmae.models.attention import WindowedAttention, resized_offsets, resized_table
+from convmae.models.attention import AttentionOnMaps
 from convmae.models.encoder import LAYERS_BEFORE_TRANSFORMER, ConvViT, grid_of
-from convmae.models.fitting import fit
-
-_log = logging.getLogger(__name__)
+from convmae.models.fitting import fit_downstream
 
 _LEVELS = ("0", "1", "2", "3")  # of the pyramid, strides 4 to 32, in torchvision's names; "pool" comes on top
 _SMALLEST = 64  # pixels along a side of an image, so that stride 32 has more than one cell
@@ -211,7 +208,7 @@ class Detector(nn.Module):
         self.num_classes = num_classes
         self.encoder = ConvViT(
             pos_embed_size, in_channels, widths, depths, num_heads, mlp_ratio, kernel_size, drop_path,
-            WindowedAttention(chosen.positions, window, blocks, grid_of(image_size)), chosen.conv_norm_eps,
+            AttentionOnMaps(chosen.positions, window, blocks, grid_of(image_size)), chosen.conv_norm_eps,
         )  # fmt: skip
         self.encoder.pos_embed.requires_grad_(True)
         self.encoder.initialise_for_supervision()
@@ -327,41 +324,9 @@ class Detector(nn.Module):
 
 
 def fit_detector(state: weights.StateDict, model: Detector) -> weights.StateDict:
-    """Make the weights of any model with an encoder fit a detector.
-
-    state: under our names: of an autoencoder, a classifier, an encoder or a detector. Parts that the detector does not
-    have, such as a decoder, are left out; what the file does not have, relative positions and all after the encoder,
-    stays the model's, and so do last layers for another number of classes. Tables of positions are resized where the
-    model was built for other grids. Raises UserError that names the first tensor that does not fit.
-    """
-    own = model.state_dict()
-    kept = {name: value for name, value in own.items() if not name.startswith("encoder.") or "positions." in name}
-    of_classes = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
-    counted = state.get("roi_heads.box_predictor.cls_score.bias")
-    new_classes = False
-    if counted is not None and counted.shape[0] != model.num_classes + 1:
-        new_classes = True
-        _log.warning(
-            "the weights' last layers are for %d classes, the model's for %d: the model keeps its own, untrained",
-            counted.shape[0] - 1,
-            model.num_classes,
-        )
-    parts = {name.split(".")[0] for name in own}
-    given = {
-        name: _resized_positions(value, own[name]) if "positions." in name else value
-        for name, value in state.items()
-        if name.split(".")[0] in parts
-        and not (new_classes and name.startswith(of_classes))
-        and not ("positions." in name and name not in own)
-    }
-    return fit({**kept, **given}, own, resize_positions=True)
-
-
-def _resized_positions(table: Tensor, own: Tensor) -> Tensor:
-    """A file's table of relative positions in the size of the model's, where both are of as many heads or channels."""
-    if table.ndim != own.ndim or table.shape[-1] != own.shape[-1]:
-        return table  # which does not fit, and is told by its name
-    return resized_offsets(table, len(own)) if own.ndim == 2 else resized_table(table, (own.shape[0], own.shape[1]))
+    """Make the weights of any model with an encoder fit a detector; see `fit_downstream`."""
+    last_layers = (boxes := "roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+    return fit_downstream(state, model.state_dict(), last_layers, f"{boxes}cls_score.bias", background=1)
 
 
 class _Anchors(AnchorGenerator):

@@ -20,12 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from convmae.errors import UserError
 from convmae.masking import Grid
 from convmae.models.attention import (
+    AttentionOnMaps,
     DecomposedPositions,
     MapAttention,
     MapBlock,
     RelativePositionTable,
     TransformerBlock,
-    WindowedAttention,
 )
 from convmae.models.hub import HubEncoder
 from convmae.models.layers import Linear, Mlp, initialise_linear
@@ -131,7 +131,7 @@ class ConvViT(nn.Module, HubEncoder):
         resized for inputs of another size.
     widths, depths: channels and blocks of the three stages. kernel_size: of the depthwise convolutions, odd.
     drop_path: rate of the last block; it grows linearly from 0 at the first.
-    attention: how the transformer attends on large maps, for the dense way only; None: all tokens to all.
+    attention: how the transformer attends in a downstream form, for the dense way only; None: all tokens to all.
     conv_norm_eps: epsilon of the convolution blocks' LayerNorms, which one published form has smaller.
     """
 
@@ -145,7 +145,7 @@ class ConvViT(nn.Module, HubEncoder):
         mlp_ratio: float = 4.0,
         kernel_size: int = 5,
         drop_path: float = 0.0,
-        attention: WindowedAttention | None = None,
+        attention: AttentionOnMaps | None = None,
         conv_norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ class ConvViT(nn.Module, HubEncoder):
         return maps
 
     def _attend_on_maps(
-        self, attention: WindowedAttention, width: int, num_heads: int, mlp_ratio: float, rates: Sequence[float]
+        self, attention: AttentionOnMaps, width: int, num_heads: int, mlp_ratio: float, rates: Sequence[float]
     ) -> None:
         """Make the transformer of the downstream forms."""
         window = (attention.window, attention.window)
@@ -294,12 +294,18 @@ class ConvViT(nn.Module, HubEncoder):
         for number, rate in enumerate(rates):
             everywhere = number in attention.global_blocks
             grid = attention.grid if everywhere else window
-            own = DecomposedPositions(grid, width // num_heads) if attention.positions == "decomposed" else None
+            own: RelativePositionTable | DecomposedPositions | None = None
+            if attention.positions == "own":
+                own = RelativePositionTable(grid, num_heads)
+            elif attention.positions == "decomposed":
+                own = DecomposedPositions(grid, width // num_heads)
             attend = MapAttention(width, num_heads, 0 if everywhere else attention.window, own)
-            blocks.append(MapBlock(width, num_heads, mlp_ratio, rate, attend))
+            blocks.append(
+                MapBlock(width, num_heads, mlp_ratio, rate, attend, attention.layer_scale, attention.norm_eps)
+            )
         self.stage3 = nn.ModuleList(blocks)
 
-    def _transform_map(self, x: Tensor, attention: WindowedAttention) -> Tensor:
+    def _transform_map(self, x: Tensor, attention: AttentionOnMaps) -> Tensor:
         """The transformer blocks over a map, positions added: (B, H, W, C) -> (B, H, W, C)."""
         of_windows = of_maps = None  # made once for all blocks that share them
         if self.window_positions is not None:

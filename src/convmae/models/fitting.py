@@ -1,12 +1,16 @@
-"""Whether weights fit a model: all of its tensors, in its shapes, and nothing else."""
+"""Whether weights fit a model, all of its tensors, in its shapes, and nothing else, and how to make them fit."""
 
+import logging
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from convmae.errors import UserError
+from convmae.models.attention import resized_offsets, resized_table
 from convmae.models.encoder import resized_pos_embed
 from convmae.weights import StateDict
+
+_log = logging.getLogger(__name__)
 
 
 def fit(state: Mapping[str, Tensor], model: Mapping[str, Tensor], resize_positions: bool = False) -> StateDict:
@@ -32,3 +36,67 @@ def fit(state: Mapping[str, Tensor], model: Mapping[str, Tensor], resize_positio
                 f"the weights do not fit the model: the file has {name} besides; check the model's settings"
             )
     return fitting
+
+
+def fit_downstream(
+    state: Mapping[str, Tensor],
+    model: Mapping[str, Tensor],
+    last_layers: tuple[str, ...],
+    counting: str,
+    background: int = 0,
+) -> StateDict:
+    """Make the weights of any model with an encoder fit a detector or a segmenter.
+
+    state: under our names: of an autoencoder, a classifier, an encoder, or of such a model. model: its own state dict.
+    last_layers: beginnings of the names of its tensors that there are for each class. counting: the name of one of
+        these, as long as there are classes and background.
+
+    Parts that the model does not have, such as a decoder, are left out; parts that the file does not have, relative
+    positions and layer scale stay the model's, and so do last layers for another number of classes. Tables of positions
+    are resized where the model was built for other grids. Raises UserError that names the first tensor that does not
+    fit.
+    """
+    parts = {name.split(".")[0] for name in model}
+    given = {
+        name: _resized_positions(value, model[name]) if "positions." in name and name in model else value
+        for name, value in state.items()
+        if name.split(".")[0] in parts and not (_is_downstream(name) and name not in model)
+    }
+    if counting in given and len(given[counting]) != len(model[counting]):
+        _log.warning(
+            "the weights' last layers are for %d classes, the model's for %d: the model keeps its own, untrained",
+            len(given[counting]) - background,
+            len(model[counting]) - background,
+        )
+        given = {name: value for name, value in given.items() if not name.startswith(last_layers)}
+        given |= {name: value for name, value in model.items() if name.startswith(last_layers)}
+    known = {name.split(".")[0] for name in given}
+    kept = {name: value for name, value in model.items() if name.split(".")[0] not in known or _is_downstream(name)}
+    return fit({**kept, **given}, model, resize_positions=True)
+
+
+def _is_downstream(name: str) -> bool:
+    """Whether a tensor belongs to what the encoder has in a downstream form only."""
+    return "positions." in name or ".ls1." in name or ".ls2." in name
+
+
+def _resized_positions(table: Tensor, own: Tensor) -> Tensor:
+    """A file's table of relative positions in the size of the model's, where both are of as many heads or channels."""
+    if table.ndim != own.ndim or table.shape[-1] != own.shape[-1]:
+        return table  # which does not fit, and is told by its name
+    return resized_offsets(table, len(own)) if own.ndim == 2 else resized_table(table, (own.shape[0], own.shape[1]))
+
+
+def without_downstream(state: Mapping[str, Tensor]) -> StateDict:
+    """A downstream model's tensors for a plain encoder: layer scale multiplied into the layers before it, exactly.
+
+    Relative positions have no place there and are left out.
+    """
+    plain = {name: value for name, value in state.items() if not _is_downstream(name)}
+    for scale, layer in (("ls1.gamma", "attn.proj"), ("ls2.gamma", "mlp.fc2")):
+        for name, gamma in state.items():
+            if name.endswith(scale):
+                block = name.removesuffix(scale)
+                plain[f"{block}{layer}.weight"] = plain[f"{block}{layer}.weight"] * gamma[:, None]
+                plain[f"{block}{layer}.bias"] = plain[f"{block}{layer}.bias"] * gamma
+    return plain

@@ -18,7 +18,8 @@ from convmae.models.autoencoder import ConvMAE
 from convmae.models.classifier import Classifier, checkpoint_filter_fn
 from convmae.models.detector import Detector, fit_detector
 from convmae.models.encoder import PATCH
-from convmae.models.fitting import fit
+from convmae.models.fitting import fit, without_downstream
+from convmae.models.segmenter import Segmenter, fit_segmenter
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ _TINY_DETECTOR = {
     "proposals": 100,
     "rois": 32,
 }
+_TINY_SEGMENTER = {"head_width": 48, "auxiliary_width": 32}
+_OF_THE_ENCODER = ("in_channels", "widths", "depths", "num_heads", "mlp_ratio", "kernel_size")
 
 
 def _size(model: str) -> dict[str, Any]:
@@ -66,13 +69,19 @@ def create_detector(model: str = "base", **settings: Any) -> Detector:
     return Detector(**{**_size(model), **heads, **settings})
 
 
+def create_segmenter(model: str = "base", **settings: Any) -> Segmenter:
+    """A Segmenter of a named size (tiny, small, base, large, huge); `settings` of Segmenter override it."""
+    heads = _TINY_SEGMENTER if model.removeprefix("convmae_") == "tiny" else {}
+    return Segmenter(**{**_size(model), **heads, **settings})
+
+
 def load(
     path_or_state_dict: str | Path | Mapping[str, Any],
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
     **settings: Any,
-) -> ConvMAE | Classifier | Detector:
-    """Build and fill the model that a weights file holds: an autoencoder, a detector, else a classifier.
+) -> ConvMAE | Classifier | Detector | Segmenter:
+    """Build and fill the model that a weights file holds: an autoencoder, a detector, a segmenter, else a classifier.
 
     path_or_state_dict: whatever `convmae.weights.read` takes, or what torch.load gave. Our names or the published
         ones; sizes come from the tensors.
@@ -85,6 +94,8 @@ def load(
     state, facts = _read(path_or_state_dict)
     if _is_detector(state):
         return _detector(state, facts, num_heads, settings)
+    if weights.is_segmenter(state):
+        return _segmenter(state, facts, num_heads, settings)
     if "decoder.mask_token" not in state:
         return _classifier(state, facts, num_heads, settings)
     known = _known(state, facts, num_heads)
@@ -124,6 +135,21 @@ def load_detector(
     return _detector(*_read(path_or_state_dict), num_heads, settings)
 
 
+def load_segmenter(
+    path_or_state_dict: str | Path | Mapping[str, Any], num_heads: int | None = None, **settings: Any
+) -> Segmenter:
+    """Build a segmenter on the encoder of any weights file, such as that of pretraining, or the one that it holds.
+
+    path_or_state_dict, num_heads: see `load`; published segmenters, under mmsegmentation's names, too. settings: any
+        other argument of Segmenter, such as num_classes or drop_path; by default what a segmenter's file tells, and for
+        the tiny encoder those of the named size.
+
+    A segmenter's last layers are kept where they are for so many classes, and otherwise begin anew; on another model's
+    encoder all but the encoder does. Raises UserError if the tensors do not fit the model.
+    """
+    return _segmenter(*_read(path_or_state_dict), num_heads, settings)
+
+
 def fill(model: nn.Module, state: Mapping[str, Tensor], resize_positions: bool = False) -> None:
     """Copy all of a state dict under our names into a model that has exactly its tensors.
 
@@ -149,8 +175,8 @@ def _classifier(
     state: weights.StateDict, facts: dict[str, Any], num_heads: int | None, settings: dict[str, Any]
 ) -> Classifier:
     known = _known(state, facts, num_heads)
-    if _is_detector(state):  # whose tables of relative positions, sizes and classes are its own
-        state = {name: value for name, value in state.items() if "positions." not in name}
+    if _is_detector(state) or weights.is_segmenter(state):  # whose positions, sizes and classes are its own
+        state = without_downstream(state)
         known = {**known, **weights.sizes(state), "classes": None, "num_classes": 0}
     accepted = inspect.signature(Classifier).parameters
     known = {name: value for name, value in known.items() if name in accepted}
@@ -172,14 +198,35 @@ def _detector(
     known = _known(state, facts, num_heads)
     if not _is_detector(state):
         of_tiny = _TINY_DETECTOR if tuple(known["widths"]) == ENCODERS["tiny"]["widths"] else {}
-        names = ("in_channels", "widths", "depths", "num_heads", "mlp_ratio", "kernel_size")
-        known = {**of_tiny, **{name: known[name] for name in names}, "pos_embed_size": known["image_size"]}
+        known = {
+            **of_tiny,
+            **{name: known[name] for name in _OF_THE_ENCODER},
+            "pos_embed_size": known["image_size"],
+        }
+        if weights.is_segmenter(state):
+            state = without_downstream(state)
     elif "form" not in known:
         raise UserError("these weights do not tell the detector's settings: fill a convmae.Detector with them by hand")
     elif settings.get("num_classes", known["num_classes"]) != known["num_classes"]:
         known.update(classes=None, category_ids=None)
     model = Detector(**{**known, **settings})
     model.load_state_dict(fit_detector(state, model))
+    return model
+
+
+def _segmenter(
+    state: weights.StateDict, facts: dict[str, Any], num_heads: int | None, settings: dict[str, Any]
+) -> Segmenter:
+    known = _known(state, facts, num_heads)
+    if not weights.is_segmenter(state):
+        of_tiny = _TINY_SEGMENTER if tuple(known["widths"]) == ENCODERS["tiny"]["widths"] else {}
+        known = {**of_tiny, **{name: known[name] for name in _OF_THE_ENCODER}}
+    else:
+        known.setdefault("reduce_zero_label", True)  # the published one is for ADE20K
+        if settings.get("num_classes", known["num_classes"]) != known["num_classes"]:
+            known["classes"] = None
+    model = Segmenter(**{**known, **settings})
+    model.load_state_dict(fit_segmenter(state, model))
     return model
 
 

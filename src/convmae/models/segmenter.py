@@ -1,0 +1,329 @@
+"""UperNet on the encoder: a class for each pixel of an image of any size.
+
+Shape letters: B batch, C channels, H height and W width in pixels, N classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import ConvNormAct
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate, pad
+
+from convmae import weights
+from convmae.errors import UserError
+from convmae.models.attention import AttentionOnMaps
+from convmae.models.encoder import LAYERS_BEFORE_TRANSFORMER, PATCH, ConvViT, grid_of
+from convmae.models.fitting import fit_downstream
+
+IGNORED = 255
+"""Label of pixels that nothing is learned from."""
+
+_SMALLEST = 3 * PATCH  # pixels along a side, so that the convolution to stride 32 finds three cells
+_CLASSES_AT_A_TIME = 16  # of scores in the size of a large picture: all 150 of 12 megapixels are 7 GB
+
+
+class UperNetHead(nn.Module):
+    """Pyramid pooling on the last map, a feature pyramid, and their fusion (Xiao et al. 2018, figure 4).
+
+    Its parameters have mmsegmentation's names, so that published weights fit. Of the libraries that have a UperNet,
+    segmentation_models_pytorch's normalises the encoder's maps, which neither the paper's form nor its weights do, and
+    transformers' is none of its public classes, has no dropout, and would bring a library of language models along; the
+    tests compare with it.
+    """
+
+    def __init__(self, in_channels: Sequence[int], width: int, num_classes: int, dropout: float = 0.1) -> None:
+        """in_channels: of the maps, the largest first; width: channels of all convolutions."""
+        super().__init__()
+        scales = (1, 2, 3, 6)
+        last = in_channels[-1]
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvNormAct(last, width, 1)) for scale in scales
+        )
+        self.bottleneck = ConvNormAct(last + len(scales) * width, width, 3)
+        self.lateral_convs = nn.ModuleList(ConvNormAct(channels, width, 1) for channels in in_channels[:-1])
+        self.fpn_convs = nn.ModuleList(ConvNormAct(width, width, 3) for _ in in_channels[:-1])
+        self.fpn_bottleneck = ConvNormAct(len(in_channels) * width, width, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(width, num_classes, 1)
+        _initialise_head(self)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps (B, C, H / f, W / f), the largest first -> scores in the size of the first."""
+        last = maps[-1]
+        pooled = [_resized(pool(last), last.shape[-2:]) for pool in self.psp_modules]
+        levels = [lateral(x) for lateral, x in zip(self.lateral_convs, maps[:-1], strict=True)]
+        levels.append(self.bottleneck(torch.cat([last, *pooled], dim=1)))
+        for number in reversed(range(len(levels) - 1)):
+            levels[number] = levels[number] + _resized(levels[number + 1], levels[number].shape[-2:])
+        smoothed = [convolve(x) for convolve, x in zip(self.fpn_convs, levels[:-1], strict=True)]
+        size = levels[0].shape[-2:]
+        fused = self.fpn_bottleneck(torch.cat([_resized(x, size) for x in (*smoothed, levels[-1])], dim=1))
+        return self.conv_seg(self.dropout(fused))
+
+
+class FCNHead(nn.Module):
+    """A convolution and the scores, the auxiliary head (Long et al. 2015): (B, C, h, w) -> (B, N, h, w)."""
+
+    def __init__(self, in_channels: int, width: int, num_classes: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(ConvNormAct(in_channels, width, 3))
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(width, num_classes, 1)
+        _initialise_head(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_seg(self.dropout(self.convs(x)))
+
+
+def _initialise_head(head: UperNetHead | FCNHead) -> None:
+    """As published: He's normal distribution, the scores' weights a narrow one."""
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.normal_(head.conv_seg.weight, std=0.01)
+    assert head.conv_seg.bias is not None
+    nn.init.zeros_(head.conv_seg.bias)
+
+
+class SegmentationLosses(NamedTuple):
+    """The losses of a training batch; the auxiliary head's counts by its weight."""
+
+    loss: Tensor
+    segmentation: Tensor
+    auxiliary: Tensor
+
+
+class Segmenter(nn.Module):
+    """UperNet on the encoder's maps of strides 4, 8, 16 and one of stride 32 (section 4.3; defaults: the paper's base).
+
+    image_size: height and width in pixels, multiples of 16 from 48 on, of the crops that it is trained on; the tables
+        of positions are for it, and are resized for inputs of another size.
+    widths, depths, num_heads, mlp_ratio, kernel_size, drop_path: of the encoder, see ConvViT.
+    head_width, auxiliary_width: channels of UperNet's convolutions, and of the auxiliary head's.
+    auxiliary_weight: of the auxiliary head's loss; the head looks at stride 16, in training only.
+    classes: their names. reduce_zero_label: whether label 0 of the data's files was no class, as ADE20K's; recorded for
+        whoever writes label maps.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (512, 512),
+        in_channels: int = 3,
+        num_classes: int = 150,
+        widths: Sequence[int] = (256, 384, 768),
+        depths: Sequence[int] = (2, 2, 11),
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        kernel_size: int = 5,
+        drop_path: float = 0.0,
+        head_width: int = 768,
+        auxiliary_width: int = 256,
+        auxiliary_weight: float = 0.4,
+        classes: Sequence[str] | None = None,
+        reduce_zero_label: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 1 <= num_classes <= IGNORED:
+            raise UserError(f"a segmenter of {num_classes} classes: choose 1 to {IGNORED}, as label maps have 8 bits")
+        if classes is not None and len(classes) != num_classes:
+            raise UserError(f"{len(classes)} names for {num_classes} classes: give one to each")
+        self.settings: dict[str, Any] = {  # what a weights file records, so that `load` builds the same segmenter
+            "image_size": checked_size(image_size),
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "widths": tuple(widths),
+            "depths": tuple(depths),
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "kernel_size": kernel_size,
+            "head_width": head_width,
+            "auxiliary_width": auxiliary_width,
+            "auxiliary_weight": auxiliary_weight,
+            "classes": None if classes is None else list(classes),
+            "reduce_zero_label": reduce_zero_label,
+        }
+        self.num_classes = num_classes
+        everywhere = tuple(range(depths[2]))
+        self.encoder = ConvViT(
+            image_size, in_channels, widths, depths, num_heads, mlp_ratio, kernel_size, drop_path,
+            AttentionOnMaps("own", 0, everywhere, grid_of(image_size), layer_scale=1.0, norm_eps=1e-5),
+        )  # fmt: skip
+        self.encoder.pos_embed.requires_grad_(True)
+        self.encoder.initialise_for_supervision()
+        self.downsample4 = nn.Sequential(  # without padding, as published
+            nn.Conv2d(widths[2], widths[2], 3, stride=2), nn.BatchNorm2d(widths[2]), nn.GELU()
+        )
+        self.decode_head = UperNetHead([*widths, widths[2]], head_width, num_classes)
+        self.auxiliary_head = FCNHead(widths[2], auxiliary_width, num_classes)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, or their labels where nobody gave names."""
+        return self.settings["classes"] or [str(label) for label in range(self.num_classes)]
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Any:
+        """The losses in training mode, the scores of each pixel in evaluation mode.
+
+        images: (B, C, H, W), uint8 or normalised float, H and W multiples of 16 from 48 on. labels: (B, H, W), integers
+        below N, or 255 for pixels that do not count; in training.
+
+        Returns SegmentationLosses, or scores (B, N, H, W) in float32.
+        """
+        maps = self.features(images)
+        size = images.shape[-2:]
+        scores = _resized(self.decode_head(maps).float(), size)
+        if not self.training:
+            return scores
+        assert labels is not None
+        segmentation = _loss(scores, labels)
+        auxiliary = _loss(_resized(self.auxiliary_head(maps[2]).float(), size), labels)
+        loss = segmentation + self.settings["auxiliary_weight"] * auxiliary
+        return SegmentationLosses(loss, segmentation, auxiliary)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The maps that the heads look at, (B, C, H / f, W / f) of strides 4, 8, 16 and, rounded down, 32."""
+        checked_size(images.shape[-2:])
+        maps = self.encoder.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
+        maps = [x.permute(0, 3, 1, 2) for x in maps]  # channels-last in memory
+        return [*maps, self.downsample4(maps[-1])]
+
+    def slide(
+        self,
+        images: Tensor,
+        window: tuple[int, int] | None = None,
+        stride: tuple[int, int] | None = None,
+        windows_at_a_time: int = 4,
+    ) -> Tensor:
+        """The scores of images of any size, averaged where windows overlap: (B, C, H, W) -> (B, N, H, W).
+
+        images: uint8 or normalised float. window: height and width, multiples of 16; by default one window is the whole
+        image. stride: steps from a window to the next; by default two thirds of it, rounded down. The last window in a
+        row or column is moved back inside. Smaller images are padded with the mean colour up to what the encoder takes.
+
+        Raises UserError for impossible windows.
+        """
+        images = self.encoder.normalize(images)  # before padding: its zeros are the mean colour
+        size = (images.shape[-2], images.shape[-1])
+        smallest = tuple(max(_SMALLEST, -(-side // PATCH) * PATCH) for side in size)
+        window = (smallest[0], smallest[1]) if window is None else checked_size(window)
+        stride = (window[0] * 2 // 3, window[1] * 2 // 3) if stride is None else stride
+        if not all(0 < step <= side for step, side in zip(stride, window, strict=True)):
+            raise UserError(f"a stride of {stride} leaves gaps between windows of {window}: choose 1 up to their sides")
+        height, width = (min(side, needed) for side, needed in zip(window, smallest, strict=True))
+        images = pad(images, (0, max(0, width - size[1]), 0, max(0, height - size[0])))
+        places = [
+            (top, left)
+            for top in _starts(images.shape[-2], height, stride[0])
+            for left in _starts(images.shape[-1], width, stride[1])
+        ]
+        total = images.new_zeros(len(images), self.num_classes, *images.shape[-2:], dtype=torch.float32)
+        count = images.new_zeros(images.shape[-2:], dtype=torch.float32)
+        for first in range(0, len(places), windows_at_a_time):
+            some = places[first : first + windows_at_a_time]
+            crops = torch.cat([images[..., top : top + height, left : left + width] for top, left in some])
+            for (top, left), scores in zip(some, self(crops).split(len(images)), strict=True):
+                total[..., top : top + height, left : left + width] += scores
+                count[top : top + height, left : left + width] += 1
+        return (total / count)[..., : size[0], : size[1]]
+
+    @torch.no_grad()
+    def segment(
+        self,
+        images: Tensor | Sequence[Tensor],
+        size: tuple[int, int] | None = None,
+        window: tuple[int, int] | None = None,
+        stride: tuple[int, int] | None = None,
+        flip: bool = False,
+        windows_at_a_time: int = 4,
+    ) -> Tensor:
+        """The class of each pixel, in evaluation mode: int64 (B, H, W).
+
+        images: (B, C, H, W) of any size, uint8 or normalised float; or the same images in several sizes, whose
+            probabilities are averaged. size: height and width of the answer, by default those of the (first) images.
+        window, stride, windows_at_a_time: see `slide`. flip: average with the mirrored images, too.
+
+        Raises UserError in training mode.
+        """
+        if self.training:
+            raise UserError("a segmenter in training mode learns: call its eval() first")
+        views = [images] if isinstance(images, Tensor) else list(images)
+        size = (views[0].shape[-2], views[0].shape[-1]) if size is None else size
+        if len(views) == 1 and not flip:
+            return _most_probable(self.slide(views[0], window, stride, windows_at_a_time), size)
+        # They meet in the size of the largest, and only their mean is resized to a picture that is larger still.
+        common = tuple(
+            min(side, max(view.shape[axis] for view in views)) for side, axis in zip(size, (-2, -1), strict=True)
+        )
+        mean: Tensor | None = None
+        for view in views:
+            for mirrored in (False, True) if flip else (False,):
+                scores = self.slide(view.flip(-1) if mirrored else view, window, stride, windows_at_a_time)
+                shares = _resized(scores.flip(-1) if mirrored else scores, common).softmax(dim=1)
+                mean = shares if mean is None else mean.add_(shares)
+        assert mean is not None
+        return _most_probable(mean, size)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters belong to one layer, in timm's words, for layer-wise learning-rate decay.
+
+        All before the transformer is layer 0, block i is i + 1, the rest, which nothing here matches, is the last.
+        """
+        return {"before": LAYERS_BEFORE_TRANSFORMER, "blocks": r"^encoder\.stage3\.(\d+)"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay, besides biases, norms and layer scale: none, as published."""
+        return set()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training computes the encoder's blocks twice to use less memory."""
+        self.encoder.set_grad_checkpointing(enable)
+
+
+def fit_segmenter(state: weights.StateDict, model: Segmenter) -> weights.StateDict:
+    """Make the weights of any model with an encoder fit a segmenter; see `fit_downstream`."""
+    last_layers = ("decode_head.conv_seg.", "auxiliary_head.conv_seg.")
+    return fit_downstream(state, model.state_dict(), last_layers, "decode_head.conv_seg.bias")
+
+
+def checked_size(image_size: Sequence[int]) -> tuple[int, int]:
+    """The (height, width) of images that a segmenter takes at once; raises UserError for others."""
+    height, width = image_size
+    if min(height, width) < _SMALLEST or height % PATCH or width % PATCH:
+        raise UserError(
+            f"image size {height}x{width} does not suit a segmenter: choose multiples of {PATCH} from {_SMALLEST} on"
+        )
+    return height, width
+
+
+def _loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, (B, N, H, W) and (B, H, W) -> the mean over all pixels, of which ignored ones count as 0.
+
+    So published; without it a batch of ignored pixels only would divide by zero.
+    """
+    return cross_entropy(scores, labels.long(), ignore_index=IGNORED, reduction="sum") / labels.numel()
+
+
+def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, H, W), bilinear, as published."""
+    return x if x.shape[-2:] == tuple(size) else interpolate(x, tuple(size), mode="bilinear")
+
+
+def _most_probable(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """The class of the highest score at each pixel of the resized scores: (B, N, h, w) -> int64 (B, H, W)."""
+    highest: Tensor | None = None
+    for first in range(0, scores.shape[1], _CLASSES_AT_A_TIME):
+        value, found = _resized(scores[:, first : first + _CLASSES_AT_A_TIME], size).max(dim=1)
+        if highest is None:
+            highest, classes = value, found
+        else:
+            higher = value > highest
+            highest, classes = torch.where(higher, value, highest), torch.where(higher, found + first, classes)
+    return classes
+
+
+def _starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin that cover so many pixels."""
+    steps = -(-(length - window) // stride)
+    return [min(step * stride, length - window) for step in range(steps + 1)]
