@@ -10,6 +10,7 @@ from convmae.training.optimizer import (
     LarsOptions,
     LayerDecayOptions,
     OptimizerOptions,
+    SegmentationOptimizerOptions,
     build_lars,
     build_optimizer,
     build_schedule,
@@ -126,6 +127,8 @@ def test_lars_takes_the_published_steps():
         (LarsOptions(), 20, 4),
         (DetectionOptimizerOptions(), 25, 0.12),
         (DetectionOptimizerOptions(), 1, 0.12),
+        (SegmentationOptimizerOptions(), 127, 1.19),
+        (SegmentationOptimizerOptions(), 3, 0.6),
     ],
 )
 def test_each_recipe_has_its_default_warm_up(options, epochs, warmup):
@@ -224,3 +227,39 @@ def test_an_unknown_schedule_is_refused():
     adamw = build_optimizer(torch.nn.Linear(2, 2), OptimizerOptions(), 256)
     with pytest.raises(convmae.UserError, match="schedule cannot be 'sawtooth': choose cosine or steps"):
         build_schedule(adamw, DetectionOptimizerOptions(schedule="sawtooth"), 10, 10)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.9])
+def test_segmentation_s_schedule_is_a_warm_up_and_what_remains_of_the_run(power):
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1.0)
+    options = SegmentationOptimizerOptions(min_lr=0.1, power=power)
+    schedule = build_schedule(optimizer, options, epochs=127, steps_per_epoch=1263)
+    total = 127 * 1263  # about the published 160,000; the warm-up is the published 1500
+    expected = {step: step / 1500 for step in (0, 1, 750, 1499)}
+    expected |= {step: 0.1 + 0.9 * (1 - step / total) ** power for step in (1500, 1501, 80_000, total - 1)}
+    for step, rate in {**expected, total: 0.1}.items():
+        schedule.step_update(step)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate, abs=1e-12), step
+
+
+def test_the_layers_of_a_segmentation_learn_at_their_own_rates():
+    """In the warm-up, at its end, half-way and at the end of the run."""
+    depth, options = 3, SegmentationOptimizerOptions(warmup_epochs=1)
+    model = convmae.create_classifier("tiny", depths=(1, 1, depth), image_size=32, num_classes=5)
+    optimizer = build_optimizer(model, options, batch_size=16)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
+    schedule = build_schedule(optimizer, options, epochs=5, steps_per_epoch=8)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for step, rate in ((0, 0), (4, 0.5e-4), (8, 0.8e-4), (20, 0.5e-4), (40, 0)):  # 1e-4 for the paper's 16 images
+        schedule.step_update(step)
+        found = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        expected = {name: rate * 0.75 ** (depth + 1 - published_layer(name, depth)) for name in names.values()}
+        assert found == pytest.approx(expected, abs=1e-12), step
+
+
+@pytest.mark.parametrize("power", [0.0, -1.0, math.nan])
+def test_a_power_that_does_not_end_the_run_is_refused(power):
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1.0)
+    with pytest.raises(UserError, match=f"a power of {power:g} is out of range: choose one above 0"):
+        build_schedule(optimizer, SegmentationOptimizerOptions(power=power), epochs=10, steps_per_epoch=10)
