@@ -6,14 +6,18 @@ import pytest
 import torch
 from PIL import Image
 
+from convmae import visualize
 from convmae.visualize import (
     DrawnPicture,
+    SegmentedPicture,
+    class_colours,
     confusion_picture,
     detection_picture,
     encoder_picture,
     loss_curve,
     neighbours_picture,
     reconstruction_picture,
+    segmentation_picture,
 )
 
 BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # matplotlib's tab:blue and tab:orange
@@ -159,3 +163,121 @@ def test_detections_are_drawn_over_their_pictures(tmp_path):
     assert not tinted[:, half:].any()
     share = tinted[:, :half].mean()
     assert 0.15 < share < 0.4  # the masks are a quarter of the picture
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved."""
+    saved, save = [], visualize._save
+    monkeypatch.setattr(visualize, "_save", lambda figure, path: (save(figure, path), saved.append(figure)))
+    return saved
+
+
+def test_pictures_of_any_aspect_ratio_are_drawn_equally_long(tmp_path, figures):
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, 4, 4)}
+    sizes = [[(90, 30), (30, 90)], [(20, 80), (60, 60)]]
+    rows = [[DrawnPicture(torch.ones(3, *size), nothing, "a") for size in row] for row in sizes]
+    detection_picture(tmp_path / "p.png", rows, [])
+    places = [cell.get_window_extent() for cell in figures[0].axes]
+    longest = [max(place.width, place.height) for place in places]
+    assert longest == pytest.approx([max(longest)] * 4, rel=0.05)
+    for place, (height, width) in zip(places, [*sizes[0], *sizes[1]], strict=True):
+        assert place.height / place.width == pytest.approx(height / width)
+        assert figures[0].bbox.containsx(place.x0)
+        assert figures[0].bbox.containsy(place.y1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+@pytest.mark.parametrize("map_size", [(60, 90), (20, 30)])
+def test_classes_are_drawn_over_their_pictures(tmp_path, dtype, map_size):
+    """A red picture of two classes and none in its thirds: none stays, of the others only the brightness."""
+    red = torch.zeros(3, 60, 90)
+    red[0] = 1
+    labels = torch.tensor([3, 255, 1]).repeat_interleave(map_size[1] // 3).repeat(map_size[0], 1).to(dtype)
+    segmentation_picture(tmp_path / "p.png", [[SegmentedPicture(red, labels, "")]], list("abcd"))
+    colours = class_colours(4).astype(float)
+    for colour, third in (
+        (np.array([255, 0, 0]), 1),
+        *((0.6 * colours[c] + 0.4 * 255 / 3, t) for c, t in ((3, 0), (1, 2))),
+    ):
+        rows, columns = places(tmp_path / "p.png", np.round(colour))
+        width = Image.open(tmp_path / "p.png").width
+        assert width * (third / 3 - 0.02) < columns.min() < columns.max() < width * (third / 3 + 0.36)
+        assert len(rows) == pytest.approx((width / 3) * (width * 2 / 3), rel=0.05)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_regions_have_solid_rims(tmp_path, channels):
+    labels = torch.zeros(40, 40, dtype=torch.int64)
+    labels[10:30, 10:30] = 1
+    picture = SegmentedPicture(torch.ones(channels, 40, 40), labels, "title")
+    segmentation_picture(tmp_path / "p.png", [[picture] * 2], ["ground", "square"])
+    width, height = Image.open(tmp_path / "p.png").size
+    side = width / 2 / 2  # of the square, half the picture's
+    for number in (0, 1):  # around the square and inside it
+        rows, columns = places(tmp_path / "p.png", class_colours(2)[number].astype(int))
+        in_first = (rows < 0.85 * height) & (columns < width / 2)  # below is the legend
+        rows, columns = rows[in_first], columns[in_first]
+        assert np.ptp(rows) == pytest.approx(side, rel=0.07)
+        assert np.ptp(columns) == pytest.approx(side, rel=0.07)
+        assert side < len(rows) < 0.05 * side**2  # a line, no area
+
+
+def test_the_legend_names_what_occurs_by_frequency(tmp_path, figures):
+    """Over all pictures of the figure together, also names that would be formulas or hidden."""
+    first, second = torch.full((8, 8), 255), torch.zeros(8, 8, dtype=torch.int64)
+    first[:2], first[2:4, :4] = 5, 2  # 16 and 8 pixels; 64 of the second's
+    second[:1] = 2  # 8 more
+    second[1, :3] = 4
+    rows = [[SegmentedPicture(torch.ones(3, 8, 8), labels, "$a")] for labels in (first, second)]
+    segmentation_picture(tmp_path / "p.png", rows, ["_hidden", "absent", r"$\frac$", "absent", "x" * 60, "five"])
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["_hidden", r"$\frac$", "five", "x" * 39 + "…"]
+    shown = [tuple(round(255 * part) for part in patch.get_facecolor()[:3]) for patch in legend.get_patches()]
+    assert shown == [tuple(class_colours(6)[number].tolist()) for number in (0, 2, 5, 4)]
+
+
+def test_a_long_legend_ends_with_a_number(tmp_path, figures):
+    labels = torch.arange(150).repeat_interleave(torch.arange(150) + 1)[:11325].reshape(75, 151)
+    for present, more in ((torch.where(labels > 129, labels, 255), None), (labels, "and 130 more")):
+        picture = SegmentedPicture(torch.ones(3, 75, 151), present, "")
+        segmentation_picture(tmp_path / "p.png", [[picture]], [str(number) for number in range(150)])
+        names = [text.get_text() for text in figures[-1].legends[0].get_texts()]
+        assert names == [*map(str, range(149, 129, -1)), *([more] if more else [])]
+
+
+def test_without_a_class_there_is_no_legend_and_the_picture_as_it_is(tmp_path, figures):
+    image = torch.tensor([0.2, 0.4, 0.6])[:, None, None].expand(3, 10, 10)
+    segmentation_picture(tmp_path / "p.png", [[SegmentedPicture(image, torch.full((10, 10), 255), "")]], ["a"])
+    assert not figures[0].legends
+    assert len(places(tmp_path / "p.png", np.array([51, 102, 153]))[0]) > 0.9 * (6 * 120) ** 2
+
+
+@pytest.mark.parametrize("sizes", [[[(90, 20)]], [[(20, 90)]], [[(90, 20), (20, 90)], [(30, 30)]]])
+@pytest.mark.parametrize("name", ["a", "chest of drawers; bureau; dresser", "W" * 50])
+def test_the_legend_is_inside_the_figure_and_below_the_pictures(tmp_path, figures, sizes, name):
+    rows = [[SegmentedPicture(torch.ones(3, *size), torch.randint(30, size), "title") for size in row] for row in sizes]
+    segmentation_picture(tmp_path / "p.png", rows, [name] * 30)
+    figure = figures[0]
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
+    pictures = [cell.get_window_extent() for cell in figure.axes if cell.images]
+    assert 0 <= legend.y0 < legend.y1 <= min(place.y0 for place in pictures)
+    side = (6 if len(pictures) == 1 else 3.6) * figure.dpi  # the legend takes none of it
+    assert [max(place.width, place.height) for place in pictures] == pytest.approx([side] * len(pictures), rel=0.1)
+
+
+def test_each_class_has_a_colour_of_its_own():
+    colours = class_colours(255)
+    assert (colours.dtype, colours.shape) == (np.uint8, (255, 3))
+    for number in (0, 1, 20, 150):
+        assert np.array_equal(class_colours(number), colours[:number])
+    assert np.array_equal(class_colours(300), np.concatenate([colours, colours[:45]]))
+    assert tuple(colours[0]) == BLUE
+    color = pytest.importorskip("skimage.color")
+    lab = color.rgb2lab(colours / 255)
+    difference = color.deltaE_ciede2000(lab[:, None], lab[None]) + 100 * np.eye(255)
+    for number, least in ((20, 10), (50, 7), (150, 3.5), (255, 1.5)):  # of 1 a difference is just seen
+        assert difference[:number, :number].min() > least
+    assert (np.ptp(colours.astype(int), axis=1) > 30).all()  # none is grey, as the pictures under them are

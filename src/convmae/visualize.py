@@ -1,6 +1,11 @@
-"""Pictures: reconstructions, the curves of a run, confusion matrices, features, neighbours, detections."""
+"""Pictures: reconstructions, the curves of a run, confusion matrices, features, neighbours, detections, segmentations.
+
+C channels, H height, W width; h and w those of maps that cover a picture.
+"""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,13 +15,19 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.legend import Legend
+from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, max_pool2d
 
 _GREY = 0.5  # colour of masked places
 _ACCURACY = {"top1": "top-1", "top5": "top-5"}  # figures of a classifier's evaluations, and their labels
-_DRAWN_SIDE = 6.0  # inches of a picture with detections, longer side
+_DOTS = 120  # an inch
+_DRAWN_SIDES = (6.0, 3.6)  # inches of pictures with detections or classes, longer side: of a single one, of several
+_NOTHING = 255  # in label maps: no class
+_MOST_NAMES = 20  # of classes in a legend
+_LONGEST_NAME = 40  # letters of them
+_TRANSLUCENT = 0.6  # weight of a class's colour over a picture
 _ROBUST = (0.01, 0.99)  # quantiles that become the darkest and brightest, so that outliers do not
 
 
@@ -171,21 +182,13 @@ class DrawnPicture(NamedTuple):
 
 def detection_picture(path: str | Path, rows: Sequence[Sequence[DrawnPicture]], classes: Sequence[str]) -> None:
     """Save rows of pictures with the boxes, masks, names and scores of their objects; a colour stands for a class."""
-    columns = max(len(row) for row in rows)
-    shares = [max(one.image.shape[1] / one.image.shape[2] for one in row) for row in rows]
-    side = _DRAWN_SIDE if len(rows) * columns == 1 else 3.6
-    figure = Figure(figsize=(side * columns, side * sum(shares) + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"height_ratios": shares})
-    for cells, row in zip(axes, rows, strict=True):
-        for cell in cells:
-            cell.set_axis_off()
-        for cell, one in zip(cells, row, strict=False):
-            height, width = one.image.shape[1:]
-            cell.imshow(_as_colours(one.image), cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
-            cell.set_title(one.title, fontsize=9, parse_math=False)
-            _draw_objects(cell, one.objects, classes)
-            cell.set_xlim(0, width)
-            cell.set_ylim(height, 0)
+    figure, cells = _figure_of_pictures(rows)
+    for cell, one in zip(cells, chain.from_iterable(rows), strict=True):
+        height, width = one.image.shape[1:]
+        cell.imshow(_as_colours(one.image), cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
+        _draw_objects(cell, one.objects, classes)
+        cell.set_xlim(0, width)
+        cell.set_ylim(height, 0)
     _save(figure, path)
 
 
@@ -209,6 +212,143 @@ def _draw_objects(cell: Axes, objects: Mapping[str, Tensor], classes: Sequence[s
         )  # fmt: skip
 
 
+class SegmentedPicture(NamedTuple):
+    """A picture whose pixels belong to classes."""
+
+    image: Tensor
+    """Colours in [0, 1], (C, H, W)."""
+    labels: Tensor
+    """The number of each pixel's class, integers (h, w); 255 for none."""
+    title: str
+
+
+def segmentation_picture(path: str | Path, rows: Sequence[Sequence[SegmentedPicture]], classes: Sequence[str]) -> None:
+    """Save rows of pictures with their classes as colours over them, and below the names of the 20 most frequent.
+
+    The picture keeps its own colours where there is no class.
+    """
+    figure, cells = _figure_of_pictures(rows)
+    counts = np.zeros(_NOTHING + 1, dtype=np.int64)
+    for cell, one in zip(cells, chain.from_iterable(rows), strict=True):
+        counts += np.bincount(one.labels.cpu().numpy().ravel(), minlength=len(counts))
+        cell.imshow(_segmented(one, _drawn_side(rows) * _DOTS))
+    _add_legend(figure, counts[:_NOTHING], classes)
+    _save(figure, path)
+
+
+def class_colours(number: int) -> np.ndarray:
+    """A colour for each class, uint8 (number, 3), the same for any number; from the 256th on they come again."""
+    return _palette()[np.arange(number) % _NOTHING]
+
+
+@cache
+def _palette() -> np.ndarray:
+    """matplotlib's ten but for grey, then each time the colour that is farthest from all before, uint8 (255, 3)."""
+    levels = np.linspace(0, 1, 16)
+    candidates = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
+    lightness, *hue = _oklab(candidates).T
+    candidates = candidates[(lightness > 0.4) & (lightness < 0.93) & (np.hypot(*hue) > 0.07)]  # none is near grey
+    places = _oklab(candidates)
+    ten = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    chosen = [colour for colour in ten if len(set(colour)) > 1]
+    nearest = np.linalg.norm(places[:, None] - _oklab(np.array(chosen)), axis=-1).min(axis=1)
+    while len(chosen) < _NOTHING:
+        farthest = nearest.argmax()
+        chosen.append(candidates[farthest])
+        nearest = np.minimum(nearest, np.linalg.norm(places - places[farthest], axis=-1))
+    return np.round(255 * np.array(chosen)).astype(np.uint8)
+
+
+def _oklab(colours: np.ndarray) -> np.ndarray:
+    """sRGB in [0, 1], (N, 3), as Oklab (N, 3), in which distances are about those that are seen."""
+    to_cones = [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+    to_lab = [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    return np.cbrt(linear @ np.transpose(to_cones)) @ np.transpose(to_lab)
+
+
+def _segmented(one: SegmentedPicture, dots: float) -> np.ndarray:
+    """A picture with its classes over it, float (h, w, 3), the longer of these `dots`; regions have a solid rim.
+
+    Under them the picture is grey, for its own colours would make those of the classes others.
+    """
+    size = [max(round(side * dots / max(one.image.shape[1:])), 1) for side in one.image.shape[1:]]
+    image = _as_colours(interpolate(one.image[None].float().cpu(), size, mode="bilinear", antialias=True)[0])
+    image = image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
+    labels = interpolate(one.labels[None, None].float().cpu(), size, mode="nearest-exact")
+    rim = (max_pool2d(labels, 3, 1, 1) != labels) | (-max_pool2d(-labels, 3, 1, 1) != labels)
+    numbers = labels[0, 0].long().numpy()
+    weights = np.where(rim[0, 0].numpy(), 1.0, _TRANSLUCENT) * (numbers != _NOTHING)
+    below = np.where(numbers[:, :, None] == _NOTHING, image, image.mean(axis=2, keepdims=True))
+    return below + weights[:, :, None] * (class_colours(_NOTHING + 1)[numbers] / 255 - below)
+
+
+def _add_legend(figure: Figure, counts: np.ndarray, classes: Sequence[str]) -> None:
+    """Name the classes of which there are pixels, the most frequent first, in as many columns as fit."""
+    present = [number for number in np.argsort(-counts, kind="stable").tolist() if counts[number]]
+    if not present:
+        return
+    colours = class_colours(len(counts)) / 255
+    handles = [Patch(facecolor=tuple(colours[number])) for number in present[:_MOST_NAMES]]
+    names = [classes[number] for number in present[:_MOST_NAMES]]
+    names = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names]
+    if len(present) > _MOST_NAMES:
+        handles.append(Patch(alpha=0))
+        names.append(f"and {len(present) - _MOST_NAMES} more")
+    for columns in range(len(names), 0, -1):
+        legend = _legend(figure, handles, names, columns)
+        width, height = (float(dots) / figure.dpi + 0.1 for dots in legend.get_window_extent().size)
+        if columns == 1 or width <= figure.get_figwidth():
+            break
+        legend.remove()
+    figure.set_size_inches(max(figure.get_figwidth(), width), figure.get_figheight() + height)
+
+
+def _legend(figure: Figure, handles: Sequence[Patch], names: Sequence[str], columns: int) -> Legend:
+    legend = figure.legend(
+        handles, [""] * len(names), ncols=columns, loc="outside lower center", fontsize=8, frameon=False,
+        handlelength=1.2, handleheight=1.0, columnspacing=1.4,
+    )  # fmt: skip
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=name, parse_math=False)  # set later: of what begins with _ the legend would say nothing
+    return legend
+
+
+def _figure_of_pictures(
+    rows: Sequence[Sequence[DrawnPicture | SegmentedPicture]],
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a place for each picture, whatever their aspect ratios, and the places, row by row, with titles."""
+    columns, side = max(len(row) for row in rows), _drawn_side(rows)
+    widths, heights = [0.0] * columns, [0.0] * len(rows)
+    for row, pictures in enumerate(rows):
+        for column, one in enumerate(pictures):
+            height, width = one.image.shape[1:]
+            heights[row] = max(heights[row], side * height / max(height, width))
+            widths[column] = max(widths[column], side * width / max(height, width))
+    figure = Figure(figsize=(sum(widths), sum(heights) + 0.3 * len(rows)), layout="constrained")
+    ratios = {"width_ratios": widths, "height_ratios": heights}
+    axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=ratios)
+    for cell in axes.flat:
+        cell.set_axis_off()
+    cells = [cell for of_row, row in zip(axes, rows, strict=True) for cell in of_row[: len(row)]]
+    for cell, one in zip(cells, chain.from_iterable(rows), strict=True):
+        cell.set_title(one.title, fontsize=9, parse_math=False)
+    return figure, cells
+
+
+def _drawn_side(rows: Sequence[Sequence[object]]) -> float:
+    single, several = _DRAWN_SIDES
+    return single if sum(map(len, rows)) == 1 else several
+
+
 def _as_colours(image: Tensor) -> np.ndarray:
     """(C, H, W) -> what matplotlib shows: (H, W) for one channel, (H, W, 3) for more."""
     image = image.detach().float().cpu().clamp(0, 1)
@@ -222,4 +362,4 @@ def _as_colours(image: Tensor) -> np.ndarray:
 def _save(figure: Figure, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=_DOTS)
