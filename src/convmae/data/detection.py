@@ -19,14 +19,22 @@ import numpy
 import torch
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
-from torchvision.transforms.v2 import InterpolationMode, functional
+from torchvision.transforms.v2 import functional
 
-from convmae.data.images import Crop, UndecodableImageError, open_upright, pillow_mode
-from convmae.data.sources import FileReader, ImageCollection
+from convmae.data.images import UndecodableImageError, open_upright, pillow_mode
+from convmae.data.placement import (
+    Placement,
+    fitting_factor,
+    mirrored,
+    padded_image,
+    padded_map,
+    placed_image,
+    placed_map,
+    random_part,
+    whole,
+)
+from convmae.data.sources import FileReader, ImageCollection, found_part
 from convmae.errors import UserError
-
-_MEAN_COLOUR = [124, 116, 104]  # of ImageNet: padding is nearly zero once it is normalised
-
 
 # Annotations
 
@@ -172,19 +180,9 @@ def find_coco(
     stand for these. flags: what the user calls these two. Raises UserError where one does not exist.
     """
     return (
-        _found(data, annotations, f"annotations/instances_{split}2017.json", flags[0]),
-        _found(data, images, f"{split}2017", flags[1]),
+        found_part("COCO's folder", data, f"annotations/instances_{split}2017.json", annotations, flags[0]),
+        found_part("COCO's folder", data, f"{split}2017", images, flags[1]),
     )
-
-
-def _found(data: Path | None, given: Path | None, usual: str, flag: str) -> Path:
-    if given is None and data is None:
-        raise UserError(f"there is no {usual} without COCO's folder: give it as --data, or another path with {flag}")
-    path = Path(data or "", usual) if given is None else Path(given)  # Python callers may pass a string
-    if not path.exists():
-        cure = f"check {flag}" if given else f"give COCO's folder as --data, or another path with {flag}"
-        raise UserError(f"{path} does not exist: {cure}")
-    return path
 
 
 def open_coco(annotations: Path, images: Path, skip_damaged: bool = False) -> CocoImages:
@@ -434,25 +432,17 @@ class LargeScaleJitter:
                 placed.append(_placed_mask(torch.from_numpy(mask), placement, self.image_size))
         return [
             {
-                "image": _placed_image(image, placement, self.image_size),
+                "image": mirrored(padded_image(placed_image(image, placement), self.image_size), placement.crop),
                 "target": _target(annotation.labels, placed, self.image_size),
             }
             for placement, placed in zip(placements, masks, strict=True)
         ]
 
-    def draw(self, height: int, width: int, seed: int) -> tuple[Crop, tuple[int, int]]:
-        """The part of a picture of this size that is seen, and the (height, width) to which it is resized."""
+    def draw(self, height: int, width: int, seed: int) -> Placement:
+        """The part of a picture of this size that is seen, and the size to which it is resized."""
         numbers = random.Random(seed)
-        factor = numbers.uniform(*self._scale) * _fitting_factor((height, width), self.image_size)
-        # What will be cropped away is not resized. A crop begins and ends at whole pixels of the picture.
-        (crop_height, new_height), (crop_width, new_width) = (
-            (side, resized) if resized <= room else (min(side, max(1, round(room / factor))), room)
-            for side, resized, room in zip(
-                (height, width), _resized((height, width), factor), self.image_size, strict=True
-            )
-        )
-        top, left = numbers.randint(0, height - crop_height), numbers.randint(0, width - crop_width)
-        return Crop(top, left, crop_height, crop_width, numbers.random() < self._flip), (new_height, new_width)
+        factor = numbers.uniform(*self._scale) * fitting_factor((height, width), self.image_size)
+        return random_part((height, width), factor, self.image_size, self._flip, numbers)
 
 
 class ResizeAndPad:
@@ -473,11 +463,10 @@ class ResizeAndPad:
         """
         image = _decode_annotated(file, annotation, self.in_channels)
         height, width = image.shape[1:]
-        size = _resized((height, width), _fitting_factor((height, width), self.image_size))
-        whole = Crop(0, 0, height, width, mirrored=False)
+        placement = whole((height, width), fitting_factor((height, width), self.image_size))
         return {
-            "image": _placed_image(image, (whole, size), self.image_size),
-            "size": size,
+            "image": padded_image(placed_image(image, placement), self.image_size),
+            "size": placement.size,
             "original_size": (height, width),
         }
 
@@ -493,38 +482,9 @@ def _decode_annotated(file: BinaryIO, annotation: Annotation | None, in_channels
     return image
 
 
-def _fitting_factor(size: tuple[int, int], room: tuple[int, int]) -> float:
-    """By which a picture of this size is resized to fit into the room."""
-    return min(room[0] / size[0], room[1] / size[1])
-
-
-def _resized(size: tuple[int, int], factor: float) -> tuple[int, int]:
-    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
-
-
-_Placement = tuple[Crop, tuple[int, int]]
-
-
-def _placed_image(image: Tensor, placement: _Placement, image_size: tuple[int, int]) -> Tensor:
-    """uint8 (C, h, w) -> (C, H, W)."""
-    fill = _MEAN_COLOUR if len(image) == 3 else [127] * len(image)
-    return _placed(image, placement, image_size, InterpolationMode.BILINEAR, fill)
-
-
-def _placed_mask(mask: Tensor, placement: _Placement, image_size: tuple[int, int]) -> Tensor:
+def _placed_mask(mask: Tensor, placement: Placement, image_size: tuple[int, int]) -> Tensor:
     """uint8 (h, w) -> (H, W)."""
-    return _placed(mask[None], placement, image_size, InterpolationMode.NEAREST_EXACT, [0])[0]
-
-
-def _placed(
-    pixels: Tensor, placement: _Placement, image_size: tuple[int, int], mode: InterpolationMode, fill: Sequence[float]
-) -> Tensor:
-    """Cropped, resized, padded at the right and the bottom, and mirrored."""
-    crop, (height, width) = placement
-    region = functional.crop(pixels, crop.top, crop.left, crop.height, crop.width)
-    resized = functional.resize(region, [height, width], mode, antialias=True)
-    padded = functional.pad(resized, [0, 0, image_size[1] - width, image_size[0] - height], fill=list(fill))
-    return functional.horizontal_flip(padded) if crop.mirrored else padded
+    return mirrored(padded_map(placed_map(mask, placement), image_size, fill=0), placement.crop)
 
 
 def _target(labels: Sequence[int], masks: Sequence[Tensor], image_size: tuple[int, int]) -> dict[str, Tensor]:

@@ -191,6 +191,21 @@ def open_files(name: str, paths: Sequence[str]) -> ImageCollection:
     return ImageCollection(name, FileReader(paths), list(paths).__getitem__)
 
 
+def found_part(folder: str, data: Path | None, usual: str, given: Path | None, flag: str) -> Path:
+    """A part of a data set: `given`, or else the `usual` one in `data`.
+
+    folder: what such a data set's folder is called; flag: what the user calls `given`. Raises UserError where the part
+    does not exist.
+    """
+    if given is None and data is None:
+        raise UserError(f"there is no {usual} without {folder}: give it as --data, or another path with {flag}")
+    path = Path(data or "", usual) if given is None else Path(given)  # Python callers may pass a string
+    if not path.exists():
+        cure = f"check {flag}" if given else f"give {folder} as --data, or another path with {flag}"
+        raise UserError(f"{path} does not exist: {cure}")
+    return path
+
+
 def _open_folder(folder: Path) -> ImageCollection:
     if not folder.exists():
         raise UserError(f"{folder} does not exist: give a folder with images, or `demo`")

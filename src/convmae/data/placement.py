@@ -1,0 +1,93 @@
+"""Where a part of a picture is seen in a picture of another size: cut out, resized, mirrored, padded.
+
+Pictures and what lies on them, masks or labels, are moved alike. C channels, h height and w width before, H and W
+after.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode, functional
+
+from convmae.data.images import Crop
+
+MEAN_COLOUR = (124, 116, 104)
+"""Of ImageNet, RGB: padding is nearly zero once it is normalised."""
+
+
+class Placement(NamedTuple):
+    """A part of a picture, and the size to which it is resized."""
+
+    crop: Crop
+    size: tuple[int, int]
+    """(H, W)."""
+
+
+def fitting_factor(size: tuple[int, int], room: tuple[int, int]) -> float:
+    """By which a picture of this size is resized to fit into the room, both (height, width)."""
+    return min(room[0] / size[0], room[1] / size[1])
+
+
+def resized(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    """(height, width) times the factor, in whole pixels, one at least."""
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def whole(size: tuple[int, int], factor: float) -> Placement:
+    """All of a picture of this size, resized by the factor."""
+    return Placement(Crop(0, 0, *size, mirrored=False), resized(size, factor))
+
+
+def random_part(
+    size: tuple[int, int], factor: float, room: tuple[int, int], flip: float, numbers: random.Random
+) -> Placement:
+    """What fills the room of a picture resized by the factor, at a random place, or all of it where it has room.
+
+    size and room: (height, width); flip: probability of being mirrored.
+    """
+    # What will be cropped away is not resized. A crop begins and ends at whole pixels of the picture.
+    (crop_height, new_height), (crop_width, new_width) = (
+        (side, wanted) if wanted <= most else (min(side, max(1, round(most / factor))), most)
+        for side, wanted, most in zip(size, resized(size, factor), room, strict=True)
+    )
+    top, left = numbers.randint(0, size[0] - crop_height), numbers.randint(0, size[1] - crop_width)
+    return Placement(Crop(top, left, crop_height, crop_width, numbers.random() < flip), (new_height, new_width))
+
+
+def cut(pixels: Tensor, crop: Crop) -> Tensor:
+    """The part of (..., h, w) that a crop covers, not mirrored."""
+    return functional.crop(pixels, crop.top, crop.left, crop.height, crop.width)
+
+
+def placed_image(image: Tensor, placement: Placement) -> Tensor:
+    """The part of a picture uint8 (C, h, w), resized with antialiasing, not mirrored -> (C, H, W)."""
+    region = cut(image, placement.crop)
+    return functional.resize(region, list(placement.size), InterpolationMode.BILINEAR, antialias=True)
+
+
+def placed_map(values: Tensor, placement: Placement) -> Tensor:
+    """The same of masks or labels uint8 (h, w), of which each new pixel takes the nearest -> (H, W)."""
+    region = cut(values, placement.crop)[None]
+    return functional.resize(region, list(placement.size), InterpolationMode.NEAREST_EXACT)[0]
+
+
+def padded_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (C, h, w) -> (C, H, W) with the mean colour at the right and the bottom."""
+    return _padded(image, size, MEAN_COLOUR if len(image) == 3 else (127,) * len(image))
+
+
+def padded_map(values: Tensor, size: tuple[int, int], fill: int) -> Tensor:
+    """uint8 (h, w) -> (H, W) with `fill` at the right and the bottom."""
+    return _padded(values[None], size, (fill,))[0]
+
+
+def _padded(pixels: Tensor, size: tuple[int, int], fill: Sequence[float]) -> Tensor:
+    height, width = pixels.shape[-2:]
+    return functional.pad(pixels, [0, 0, size[1] - width, size[0] - height], fill=list(fill))
+
+
+def mirrored(pixels: Tensor, crop: Crop) -> Tensor:
+    """(..., H, W) left to right where the crop is mirrored."""
+    return functional.horizontal_flip(pixels) if crop.mirrored else pixels
