@@ -24,7 +24,7 @@ from convmae.commands.detect.evaluation import evaluate
 from convmae.commands.detect.judgement import DetectionQuality, Judge, print_quality
 from convmae.commands.detect.prediction import predict
 from convmae.commands.detect.training import AnnotatedBatch, JitterOptions, train
-from convmae.data.scenes import CATEGORY_IDS, SHAPES, write_coco_scenes
+from convmae.data.scenes import CATEGORY_IDS, SHAPES, write_scenes
 from convmae.evaluation.detection import CocoFigures
 from convmae.training.checkpoint import CheckpointOptions
 from convmae.training.engine import DeviceOptions, EngineOptions, start_engine
@@ -40,7 +40,7 @@ TRAINING, VALIDATION = 12, 20  # of the validation scenes one has no objects
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     """Generated scenes of 64 x 64; treat them as read-only."""
-    return write_coco_scenes(tmp_path_factory.mktemp("coco") / "scenes", TRAINING, VALIDATION, (64, 64))
+    return write_scenes(tmp_path_factory.mktemp("coco") / "scenes", "coco", TRAINING, VALIDATION, (64, 64))
 
 
 @pytest.fixture
@@ -259,8 +259,8 @@ def test_there_must_be_something_to_learn_and_to_judge_by(copied, paper_file, tm
 
 def test_the_demo_needs_no_data(paper_file, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "convmae.commands.detect.training.write_coco_scenes",
-        lambda folder, image_size: write_coco_scenes(folder, 4, 4, image_size),
+        "convmae.commands.detect.training.write_scenes",
+        lambda folder, layout, image_size: write_scenes(folder, layout, 4, 4, image_size),
     )
     run = small_run("demo", tmp_path / "run", paper_file, epochs=1, image_size=64)
     assert len(annotations_of(run.folder / "scenes")["images"]) == 4

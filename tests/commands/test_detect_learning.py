@@ -11,7 +11,7 @@ import pytest
 
 import convmae
 from convmae.commands.detect.training import JitterOptions
-from convmae.data.scenes import write_coco_scenes
+from convmae.data.scenes import write_scenes
 from convmae.training.engine import EngineOptions
 from convmae.training.logging import LoggingOptions, PictureLoggingOptions
 from convmae.training.optimizer import DetectionOptimizerOptions, OptimizerOptions
@@ -22,7 +22,7 @@ SIDE, TRAINING, VALIDATION = 96, 800, 60
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    return write_coco_scenes(tmp_path_factory.mktemp("learning") / "scenes", TRAINING, VALIDATION, (SIDE, SIDE))
+    return write_scenes(tmp_path_factory.mktemp("learning") / "scenes", "coco", TRAINING, VALIDATION, (SIDE, SIDE))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Generated scenes: the same everywhere, exact masks, classes that only the outline tells, COCO's layout."""
+"""Generated scenes: the same everywhere, exact masks, classes that only the outline tells, two layouts."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from convmae.data import scenes
-from convmae.data.scenes import CATEGORY_IDS, FIRST_VALIDATION_SCENE, SHAPES, draw_scene, write_coco_scenes
+from convmae.data.scenes import CATEGORY_IDS, FIRST_VALIDATION_SCENE, SHAPES, draw_scene, write_scenes
 from convmae.errors import UserError
 
 pytest.importorskip("skimage")
@@ -173,20 +173,29 @@ def test_impossible_scenes_are_refused(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="scenes of 31x64 are too small"):
         draw_scene(0, (31, 64))
     with pytest.raises(UserError, match="0 training and 5 validation scenes"):
-        write_coco_scenes(tmp_path / "coco", train=0, val=5)
+        write_scenes(tmp_path / "coco", "coco", train=0, val=5)
+    with pytest.raises(UserError, match="there is no layout voc: choose coco or ade20k"):
+        write_scenes(tmp_path / "voc", "voc", train=5, val=5)
     scenes._photographs.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'convmae\[demo\]'"):
-        write_coco_scenes(tmp_path / "coco", train=5, val=5)
+        write_scenes(tmp_path / "coco", "coco", train=5, val=5)
     assert not list(tmp_path.iterdir())
 
 
-# COCO's layout
+# Layouts
+
+SCENES = {"train": 21, "val": 6, "image_size": (64, 80), "seed": 2}
 
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
-    return write_coco_scenes(tmp_path_factory.mktemp("scenes") / "coco", train=21, val=6, image_size=(64, 80), seed=2)
+    return write_scenes(tmp_path_factory.mktemp("scenes") / "coco", "coco", **SCENES)
+
+
+@pytest.fixture(scope="module")
+def ade20k(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("scenes") / "ade20k", "ade20k", **SCENES)
 
 
 @pytest.mark.parametrize(("split", "first", "number"), [("train2017", 0, 21), ("val2017", FIRST_VALIDATION_SCENE, 6)])
@@ -226,31 +235,67 @@ def test_a_mask_from_the_first_pixel_on_begins_with_no_zeros():
         assert sum(counts) == mask.size
 
 
-def test_the_same_scenes_are_not_written_twice(coco, monkeypatch):
+@pytest.mark.parametrize(("split", "first", "number"), [("training", 0, 21), ("validation", FIRST_VALIDATION_SCENE, 6)])
+def test_ade20k_files_hold_the_scenes(ade20k, split, first, number):
+    assert (ade20k / "classes.txt").read_text().splitlines() == ["background", *SHAPES]
+    assert not (ade20k / "objectInfo150.txt").exists()
+    names = sorted(path.name for path in (ade20k / "images" / split).iterdir())
+    assert names == [f"{index:012d}.jpg" for index in range(first, first + number)]
+    assert len(list((ade20k / "annotations" / split).iterdir())) == number
+    seen = set()
+    for index in range(first, first + number):
+        scene = draw_scene(index, (64, 80), seed=2)
+        with Image.open(ade20k / "images" / split / f"{index:012d}.jpg") as image:
+            assert abs(numpy.asarray(image).astype(int) - scene.image).mean() < 6  # JPEG's loss
+        with Image.open(ade20k / "annotations" / split / f"{index:012d}.png") as labels:
+            assert labels.mode == "P"
+            assert (numpy.asarray(labels) == scene.label_map()).all()
+            colours = numpy.asarray(labels.convert("RGB")).astype(int)
+        seen |= {(label, *colours[scene.label_map() == label][0]) for label in numpy.unique(scene.label_map())}
+    assert len(seen) == len({label for label, *_ in seen}) == len(SHAPES) + 1  # a colour for each class
+    painted = numpy.array(sorted(colour for _, *colour in seen))
+    apart = abs(painted[:, None] - painted).sum(axis=2) + 1000 * numpy.eye(len(painted))
+    assert apart.min() > 100
+
+
+def test_the_pictures_are_the_same_in_both_layouts(coco, ade20k):
+    for theirs, ours in (("train2017", "training"), ("val2017", "validation")):
+        for path in (coco / theirs).iterdir():
+            assert path.read_bytes() == (ade20k / "images" / ours / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["coco", "ade20k"])
+def test_the_same_scenes_are_not_written_twice(layout, request, monkeypatch):
+    folder = request.getfixturevalue(layout)
     monkeypatch.setattr(scenes, "draw_scene", lambda *arguments: pytest.fail("drawn again"))
-    before = {path: path.stat().st_mtime_ns for path in coco.rglob("*")}
-    assert write_coco_scenes(coco, train=21, val=6, image_size=(64, 80), seed=2) == coco
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert write_scenes(folder, layout, **SCENES) == folder
     for other in ({"train": 20}, {"val": 7}, {"image_size": (80, 64)}, {"seed": 3}):
-        arguments = {"train": 21, "val": 6, "image_size": (64, 80), "seed": 2, **other}
         with pytest.raises(UserError, match=r"holds scenes of other arguments, .*: give another folder"):
-            write_coco_scenes(coco, **arguments)
-    assert {path: path.stat().st_mtime_ns for path in coco.rglob("*")} == before
+            write_scenes(folder, layout, **{**SCENES, **other})
+    with pytest.raises(UserError, match="holds other files: give another folder"):
+        write_scenes(folder, "ade20k" if layout == "coco" else "coco", **SCENES)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 @pytest.mark.parametrize("content", ["no JSON", "[]", json.dumps({"info": {"year": 2017}})])
-def test_other_files_are_not_overwritten(content, tmp_path):
-    (tmp_path / "annotations").mkdir()
-    file = tmp_path / "annotations" / "instances_val2017.json"
+@pytest.mark.parametrize(
+    ("layout", "record"), [("coco", "annotations/instances_val2017.json"), ("ade20k", "scenes.json")]
+)
+def test_other_files_are_not_overwritten(layout, record, content, tmp_path):
+    file = tmp_path / record
+    file.parent.mkdir(exist_ok=True)
     file.write_text(content)
     with pytest.raises(UserError, match="holds other files: give another folder"):
-        write_coco_scenes(tmp_path, train=1, val=1)
+        write_scenes(tmp_path, layout, train=1, val=1)
     with pytest.raises(UserError, match="is a file"):
-        write_coco_scenes(file, train=1, val=1)
+        write_scenes(file, layout, train=1, val=1)
     assert file.read_text() == content
 
 
-def test_an_interrupted_writing_leaves_nothing_that_looks_complete(tmp_path, monkeypatch):
-    folder = tmp_path / "coco"
+@pytest.mark.parametrize(("layout", "pictures"), [("coco", "val2017"), ("ade20k", "images/validation")])
+def test_an_interrupted_writing_leaves_nothing_that_looks_complete(layout, pictures, tmp_path, monkeypatch):
+    folder = tmp_path / "scenes"
     folder.mkdir()  # an empty folder may be there
 
     def interrupted(index, *arguments):
@@ -260,11 +305,11 @@ def test_an_interrupted_writing_leaves_nothing_that_looks_complete(tmp_path, mon
 
     monkeypatch.setattr(scenes, "draw_scene", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_coco_scenes(folder, train=2, val=2, image_size=(32, 32))
+        write_scenes(folder, layout, train=2, val=2, image_size=(32, 32))
     assert not list(folder.iterdir())
-    leftover = tmp_path / "coco.incomplete"
-    (leftover / "val2017" / "stray.jpg").write_bytes(b"")
+    leftover = tmp_path / "scenes.incomplete"
+    (leftover / pictures / "stray.jpg").write_bytes(b"")
     monkeypatch.undo()
-    write_coco_scenes(folder, train=2, val=2, image_size=(32, 32))
+    write_scenes(folder, layout, train=2, val=2, image_size=(32, 32))
     assert not leftover.exists()
-    assert len(list((folder / "val2017").iterdir())) == 2
+    assert len(list((folder / pictures).iterdir())) == 2

@@ -20,7 +20,7 @@ from convmae.data.failures import DecodingFailures
 from convmae.data.images import UndecodableImageError
 from convmae.data.loading import build_training_loader
 from convmae.data.sampler import mixed_seed
-from convmae.data.scenes import write_coco_scenes
+from convmae.data.scenes import write_scenes
 from convmae.errors import UserError
 from convmae.models.detector import DetectionLosses, Detector, checked_size
 from convmae.models.encoder import height_and_width
@@ -305,7 +305,7 @@ def _demo_scenes(fabric: Fabric, output: Path, image_size: tuple[int, int]) -> P
     folder = output / "scenes"
     checked_size(image_size)  # before thousands of them are written
     if fabric.is_global_zero:
-        write_coco_scenes(folder, image_size=image_size)
+        write_scenes(folder, "coco", image_size=image_size)
     fabric.barrier()
     return folder
 
