@@ -25,7 +25,7 @@ class Placement(NamedTuple):
     """(H, W)."""
 
 
-def fitting_factor(size: tuple[int, int], room: tuple[int, int]) -> float:
+def fitting_factor(size: tuple[int, int], room: tuple[float, float]) -> float:
     """By which a picture of this size is resized to fit into the room, both (height, width)."""
     return min(room[0] / size[0], room[1] / size[1])
 

@@ -1,0 +1,413 @@
+"""Pictures with a class for each pixel, in ADE20K's layout, and how they are varied or fitted for a segmenter.
+
+A label map is a PNG of its picture's size and name; it is read and checked with its picture. C channels, H height, W
+width.
+"""
+
+import math
+import os
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from convmae.data.images import UndecodableImageError, decode_image, pillow_mode, undecodable_if_damaged
+from convmae.data.placement import (
+    Placement,
+    cut,
+    fitting_factor,
+    mirrored,
+    padded_image,
+    padded_map,
+    placed_image,
+    placed_map,
+    random_part,
+    whole,
+)
+from convmae.data.sampler import seeded
+from convmae.data.sources import EXTENSIONS, FileReader, ImageCollection, found_part
+from convmae.errors import UserError
+
+IGNORED = 255
+"""Label of pixels that count nowhere."""
+
+_ADE20K_TABLE = "objectInfo150.txt"  # of its classes, in its folder
+_LONGEST_SIDE = 4  # times the shorter side; beyond that a picture is resized by its longer one
+_MOST_DRAWS = 10  # of a crop's place
+
+
+# Label maps
+
+
+class LabelMap(NamedTuple):
+    """The file with the class of each pixel of a picture."""
+
+    path: Path
+    num_classes: int
+    reduce_zero_label: bool
+    """Whether 0 in the file is IGNORED and the classes begin at 1."""
+
+    def read(self, size: tuple[int, int]) -> Tensor:
+        """uint8 (H, W) of a picture of this size, classes from 0 on or IGNORED; raises UndecodableImageError."""
+        stored = self._stored()
+        if stored.shape != size:
+            (height, width), (wanted_height, wanted_width) = stored.shape, size
+            turned = ", perhaps before its EXIF data turn it" if stored.shape == size[::-1] else ""
+            raise self._unfit(f"is {width}x{height}, the picture {wanted_width}x{wanted_height}{turned}")
+        first = int(self.reduce_zero_label)
+        largest = int(stored.max(where=stored != IGNORED, initial=0))
+        if largest >= first + self.num_classes:
+            raise self._unfit(
+                f"has the label {largest}, but there are {self.num_classes} classes, counted from {first} on: check "
+                "--classes and --reduce-zero-label"
+            )
+        classes = numpy.full(256, IGNORED, dtype=numpy.uint8)
+        classes[first : first + self.num_classes] = numpy.arange(self.num_classes)
+        return torch.from_numpy(classes[stored])
+
+    def _stored(self) -> numpy.ndarray:
+        """The numbers in the file, uint8 (H, W); of a palette its indices."""
+        try:
+            with undecodable_if_damaged(), Image.open(self.path, formats=["PNG"]) as image:
+                storage = image.tile[0][3]  # Pillow's mode hides that it spreads grey of 2 and 4 bits over 8
+                mode, numbers = image.mode, numpy.asarray(image)
+        except UndecodableImageError as error:
+            raise self._unfit(f"is no PNG that can be read: {error}") from error
+        if mode == "P" or storage in ("1", "L"):
+            return numbers.astype(numpy.uint8)
+        if mode in ("L", "I", "I;16"):
+            bits = {"L;2": 2, "L;4": 4}.get(str(storage), 16)
+            raise self._unfit(f"has {bits}-bit labels: write them with 8 bits")
+        raise self._unfit(f"has colours or transparency ({mode}), not labels: write one number of 8 bits a pixel")
+
+    def _unfit(self, reason: str) -> UndecodableImageError:
+        return UndecodableImageError(f"its label map {self.path} {reason}")
+
+
+class SegmentationImages(ImageCollection):
+    """Pictures with their label maps."""
+
+    annotated = True
+
+    def __init__(
+        self,
+        name: str,
+        paths: Sequence[str],
+        maps: Sequence[str],
+        classes: Sequence[str],
+        reduce_zero_label: bool,
+        left_out: Sequence[str],
+    ) -> None:
+        """maps: the label map of each path; left_out: what lacks its partner."""
+        super().__init__(name, FileReader(paths), list(paths).__getitem__, classes)
+        self._maps, self.reduce_zero_label, self.left_out = list(maps), reduce_zero_label, list(left_out)
+
+    def annotation(self, index: int) -> LabelMap:
+        """The label map of picture number `index`, not yet read."""
+        return LabelMap(Path(self._maps[index]), len(self.classes), self.reduce_zero_label)
+
+    def open_labelled(self, index: int) -> tuple[BinaryIO, Any]:
+        """The encoded picture number `index` and its LabelMap; the caller closes it."""
+        return self.open(index), self.annotation(index)
+
+
+def find_ade20k(
+    data: Path | None,
+    split: Literal["train", "val"],
+    images: Path | None = None,
+    annotations: Path | None = None,
+    flags: tuple[str, str] = ("--images", "--annotations"),
+) -> tuple[Path, Path]:
+    """The folder of pictures and the folder of label maps of one split.
+
+    data: ADE20K's folder, with images/training, images/validation, annotations/training and annotations/validation;
+    images and annotations, where given, stand for these. flags: what the user calls these two. Raises UserError where
+    one does not exist.
+    """
+    part = {"train": "training", "val": "validation"}[split]
+    return (
+        found_part("ADE20K's folder", data, f"images/{part}", images, flags[0]),
+        found_part("ADE20K's folder", data, f"annotations/{part}", annotations, flags[1]),
+    )
+
+
+def is_ade20k(data: Path | None) -> bool:
+    """Whether a folder is ADE20K itself, whose label 0 is no class."""
+    return data is not None and Path(data, _ADE20K_TABLE).is_file()
+
+
+def read_classes(data: Path | None, file: Path | None) -> list[str]:
+    """The names of the classes in the order of their labels.
+
+    They stand in `file`, or else in classes.txt of the folder `data`, one a line, or in ADE20K's own table there, of
+    whose synonyms the first is taken. Raises UserError where there is none of these, or one does not fit.
+    """
+    usual = [] if data is None else [Path(data, "classes.txt"), Path(data, _ADE20K_TABLE)]
+    path = next((path for path in usual if path.is_file()), None) if file is None else Path(file)
+    if path is None:
+        lacking = f"there is no classes.txt in {data}" if data else "nothing names the classes"
+        raise UserError(f"{lacking}: write a text file with the name of a class a line, and give it as --classes")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read, check --classes: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: give a text file with a class a line as --classes") from error
+    is_table = path.name == _ADE20K_TABLE
+    names = _first_synonyms(path, lines) if is_table else [line.strip() for line in lines]
+    for place, name in enumerate(names):
+        where = f"{path}, line {place + 1 + is_table},"
+        if not name:
+            raise UserError(f"{where} names no class: remove it, or name the class of label {place}")
+        if name in names[:place]:
+            raise UserError(f"{where} names the class {name} again: give each class a name of its own")
+    if not 2 <= len(names) <= IGNORED:
+        raise UserError(f"{path} names {len(names)} classes: it must be 2 to {IGNORED}, one a line")
+    return names
+
+
+def _first_synonyms(path: Path, lines: list[str]) -> list[str]:
+    """The names in ADE20K's table; all synonyms of those of which the first is not theirs alone."""
+    header, *rows = [[field.strip() for field in line.split("\t")] for line in lines] or [[""]]
+    if header[-1] != "Name":
+        raise UserError(f"{path}, line 1, does not end with the column Name: download the file again")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(header) or row[0] != str(number):
+            raise UserError(f"{path}, line {number + 1}, is not the row of class {number}: download the file again")
+    firsts = [row[-1].partition(",")[0].strip() for row in rows]
+    counts = Counter(firsts)
+    return [first if counts[first] == 1 else row[-1] for first, row in zip(firsts, rows, strict=True)]
+
+
+def open_segmentation(
+    images: Path, annotations: Path, classes: Sequence[str], reduce_zero_label: bool, skip_damaged: bool = False
+) -> SegmentationImages:
+    """The pictures of one folder whose label maps another holds, at any depth, under the same names with .png.
+
+    Raises UserError where there are none, and unless skip_damaged where some lack their partner; these are left out
+    otherwise, and told in `left_out`.
+    """
+    if len(classes) + reduce_zero_label > IGNORED:
+        raise UserError(
+            f"{len(classes)} classes from {int(reduce_zero_label)} on need the label {IGNORED}, which no class can "
+            "have: leave out one"
+        )
+    pictures = _by_name(images, "images", EXTENSIONS)
+    maps = _by_name(annotations, "label maps", (".png",))
+    pairs = sorted(pictures.keys() & maps.keys())
+    if not pairs:
+        raise UserError(
+            f"no image in {images} has a label map in {annotations}, of the same name with .png: check both folders"
+        )
+    unlabelled = [pictures[name] for name in sorted(pictures.keys() - maps.keys())]
+    unseen = [maps[name] for name in sorted(maps.keys() - pictures.keys())]
+    if unlabelled and not skip_damaged:
+        raise UserError(
+            f"{len(unlabelled)} of the {len(pictures)} images in {images} have no label map in {annotations}, the "
+            f"first is {unlabelled[0]}: check the folders, or leave them out with --skip-damaged"
+        )
+    if unseen and not skip_damaged:
+        raise UserError(
+            f"{len(unseen)} of the {len(maps)} label maps in {annotations} have no image in {images}, the first is "
+            f"{unseen[0]}: check the folders, or leave them out with --skip-damaged"
+        )
+    return SegmentationImages(
+        str(images),
+        [pictures[name] for name in pairs],
+        [maps[name] for name in pairs],
+        classes,
+        reduce_zero_label,
+        [f"{path}: has no label map" for path in unlabelled] + [f"{path}: has no image" for path in unseen],
+    )
+
+
+def _by_name(folder: Path, what: str, extensions: Sequence[str]) -> dict[str, str]:
+    """The files with these extensions at any depth, by their path inside the folder without the extension."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the one with the {what}")
+    found: dict[str, str] = {}
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for path in (Path(parent, name) for name in sorted(names)):
+            if path.suffix.lower() in extensions:
+                name = path.relative_to(folder).with_suffix("").as_posix()
+                if name in found:
+                    raise UserError(f"{found[name]} and {path} differ in the extension alone: rename or move one")
+                found[name] = str(path)
+    if not found:
+        raise UserError(f"{folder} holds no {what}: accepted are {' '.join(extensions)}")
+    return found
+
+
+# Transforms
+
+
+class RandomScaleCrop:
+    """A labelled picture resized by a random factor, of which a part is cropped or padded to one size, and varied."""
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        scale: tuple[float, float] = (0.5, 2.0),
+        largest_share: float = 0.75,
+        flip: float = 0.5,
+        distortion: float = 0.5,
+        in_channels: int = 3,
+    ) -> None:
+        """image_size: (H, W); scale: range of the factor, at 1 the shorter sides are equal; flip: probability.
+
+        largest_share: which no class should reach in a crop, 1 for any; distortion: probability of each change of the
+        colours.
+        """
+        pillow_mode(in_channels)  # refuses what no picture has before the run begins
+        if min(image_size) < 1 or not 0 < scale[0] <= scale[1] < math.inf:
+            raise UserError(f"a crop needs a positive size and 0 < scale: not {image_size} and {scale}")
+        if not (0 < largest_share <= 1 and 0 <= flip <= 1 and 0 <= distortion <= 1):
+            raise UserError(
+                "largest_share is above 0, flip and distortion from 0 on, none above 1: not "
+                f"{largest_share}, {flip} and {distortion}"
+            )
+        height, width = image_size
+        self.image_size, self.in_channels = (height, width), in_channels
+        self._scale, self._largest_share, self._flip = scale, largest_share, flip
+        self._distort = _photometric_distortion(distortion) if distortion else None
+
+    def __call__(self, file: BinaryIO, annotation: LabelMap, seeds: Sequence[int]) -> list[dict[str, Tensor]]:
+        """An encoded picture, decoded once -> a sample for each seed; raises UndecodableImageError.
+
+        {"image": uint8 (C, H, W), "labels": uint8 (H, W)}; what is padded is IGNORED.
+        """
+        image = decode_image(file, self.in_channels)
+        height, width = image.shape[1:]
+        labels = annotation.read((height, width))
+        samples = []
+        for seed in seeds:
+            placement = self.draw(labels, seed)
+            seen = self._distorted(mirrored(placed_image(image, placement), placement.crop), seed)
+            classes = mirrored(placed_map(labels, placement), placement.crop)
+            samples.append(
+                {
+                    "image": padded_image(seen, self.image_size),
+                    "labels": padded_map(classes, self.image_size, IGNORED),
+                }
+            )
+        return samples
+
+    def draw(self, labels: Tensor, seed: int) -> Placement:
+        """The part of a picture with these labels (h, w) that is seen, and the size to which it is resized.
+
+        Its place is drawn until no class has too large a share, ten times at most.
+        """
+        numbers = random.Random(seed)
+        height, width = labels.shape
+        factor = _factor((height, width), numbers.uniform(*self._scale) * min(self.image_size))
+        for _ in range(_MOST_DRAWS):
+            placement = random_part((height, width), factor, self.image_size, self._flip, numbers)
+            if self._largest_share == 1 or _largest_share(cut(labels, placement.crop)) < self._largest_share:
+                break
+        return placement
+
+    def _distorted(self, image: Tensor, seed: int) -> Tensor:
+        """The same picture, uint8 (C, H, W), in other colours."""
+        if self._distort is None:
+            return image
+        with seeded(seed):
+            colours = self._distort(image[:3])
+        return torch.cat([colours, image[3:]])  # transparency stays
+
+
+class ResizeShorterSide:
+    """A whole picture, labelled or not, resized once or at several scales; its labels stay as they are."""
+
+    def __init__(self, shorter_side: int, in_channels: int = 3, scales: Sequence[float] = (1.0,)) -> None:
+        """shorter_side: pixels, and the longer side at most four times as many; scales: times which, one a view."""
+        pillow_mode(in_channels)
+        if shorter_side < 1 or not scales or not all(0 < scale < math.inf for scale in scales):
+            raise UserError(
+                f"resizing needs a positive shorter side and positive scales: not {shorter_side} and {list(scales)}"
+            )
+        self.shorter_side, self.in_channels, self.scales = shorter_side, in_channels, tuple(scales)
+
+    def __call__(self, file: BinaryIO, annotation: LabelMap | None = None) -> dict[str, Any]:
+        """An encoded picture -> {"views": uint8 (C, h, w) each, "labels": uint8 (H, W), "original_size": (H, W)}.
+
+        "labels" is None without an annotation. Raises UndecodableImageError.
+        """
+        image = decode_image(file, self.in_channels)
+        height, width = image.shape[1:]
+        factors = [_factor((height, width), round(self.shorter_side * scale)) for scale in self.scales]
+        return {
+            "views": [placed_image(image, whole((height, width), factor)) for factor in factors],
+            "labels": None if annotation is None else annotation.read((height, width)),
+            "original_size": (height, width),
+        }
+
+
+def _factor(size: tuple[int, int], shorter_side: float) -> float:
+    """By which a picture is resized to this shorter side, or less where its longer one would be too long."""
+    height, width = size
+    longer_side = _LONGEST_SIDE * shorter_side
+    return fitting_factor(size, (longer_side, shorter_side) if height > width else (shorter_side, longer_side))
+
+
+def _largest_share(labels: Tensor) -> float:
+    """Of the most frequent class among all pixels with one; 1 without any."""
+    counts = labels.flatten().bincount(minlength=IGNORED + 1)[:IGNORED]
+    return float(counts.max() / counts.sum()) if counts.any() else 1.0
+
+
+def _photometric_distortion(probability: float) -> v2.Transform:
+    """Brightness, contrast, saturation and hue of uint8 (1 or 3, H, W), each changed with this probability.
+
+    Contrast comes before or after saturation and hue, as published; torchvision's own transform exchanges the colours,
+    too. Grey knows neither saturation nor hue.
+    """
+    brightness, contrast, saturation, hue = (
+        v2.RandomApply([jitter], probability)
+        for jitter in (
+            v2.ColorJitter(brightness=32 / 255),
+            v2.ColorJitter(contrast=0.5),
+            v2.ColorJitter(saturation=0.5),
+            v2.ColorJitter(hue=0.1),
+        )
+    )
+    orders = [v2.Compose([contrast, saturation, hue]), v2.Compose([saturation, hue, contrast])]
+    return v2.Compose([brightness, v2.RandomChoice(orders)])
+
+
+# Batches
+
+
+def collate_labels(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples of RandomScaleCrop -> {"images": uint8 (B, C, H, W), "labels": uint8 (B, H, W), "failed": list}."""
+    views = [view for sample in samples for view in sample["images"]]
+    return {
+        "images": torch.stack([view["image"] for view in views]),
+        "labels": torch.stack([view["labels"] for view in views]),
+        "failed": [failure for sample in samples for failure in sample["failed"]],
+    }
+
+
+def collate_views(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples of ResizeShorterSide -> a batch without the damaged pictures, which may be empty.
+
+    {"images": B lists of views, uint8 (C, h, w), "labels": B of uint8 (H, W) or None, "original_sizes": B of (H, W),
+    "indices": (B,), "failed": list}; no "indices" of a stream.
+    """
+    decoded = [sample for sample in samples if sample["image"] is not None]
+    batch: dict[str, Any] = {
+        "images": [sample["image"]["views"] for sample in decoded],
+        "labels": [sample["image"]["labels"] for sample in decoded],
+        "original_sizes": [sample["image"]["original_size"] for sample in decoded],
+        "failed": [failure for sample in samples for failure in sample["failed"]],
+    }
+    if "index" in samples[0]:
+        batch["indices"] = torch.tensor([sample["index"] for sample in decoded], dtype=torch.int64)
+    return batch
