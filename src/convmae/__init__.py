@@ -21,7 +21,7 @@ from convmae.models.registry import (
 from convmae.models.segmenter import Segmenter
 
 if TYPE_CHECKING:
-    from convmae.commands import detect
+    from convmae.commands import detect, segment
     from convmae.commands.bench import bench
     from convmae.commands.embed import embed
     from convmae.commands.export import export
@@ -62,6 +62,7 @@ __all__ = [
     "probe",
     "reconstruct",
     "scenes",
+    "segment",
     "visualise",
 ]
 

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 from rich.console import Console
 from rich.logging import RichHandler
 
-from convmae.commands import detect
+from convmae.commands import detect, segment
 from convmae.commands.bench import bench
 from convmae.commands.embed import embed
 from convmae.commands.export import export
@@ -43,6 +43,12 @@ COMMANDS: dict[str, Any] = {
         "train": detect.train,
         "eval": detect.evaluate,
         "predict": detect.predict,
+    },
+    "segment": {
+        "_help": "Tell the class of each pixel: train a segmenter, judge it, put it to use.",
+        "train": segment.train,
+        "eval": segment.evaluate,
+        "predict": segment.predict,
     },
     "embed": embed,
     "neighbours": neighbours,

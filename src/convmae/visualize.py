@@ -88,7 +88,7 @@ def loss_curve(
     _save(figure, path)
 
 
-def confusion_picture(path: str | Path, confusion: Tensor, classes: Sequence[str]) -> None:
+def confusion_picture(path: str | Path, confusion: Tensor, classes: Sequence[str], counted: str = "images") -> None:
     """Save a confusion matrix (N, N), counts by true class (row) and predicted class, as shares of each row.
 
     Up to 40 classes are named, up to 15 have their shares written into the cells.
@@ -109,7 +109,7 @@ def confusion_picture(path: str | Path, confusion: Tensor, classes: Sequence[str
             if share >= 0.005:
                 colour = "white" if share > 0.5 else "black"
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, ax=axes, label="share of the true class's images", shrink=0.8)
+    figure.colorbar(image, ax=axes, label=f"share of the true class's {counted}", shrink=0.8)
     _save(figure, path)
 
 

@@ -21,7 +21,7 @@ import convmae
 from convmae import cli, weights
 from convmae.commands import supervised
 from convmae.commands.detect.evaluation import evaluate
-from convmae.commands.detect.judgement import DetectionQuality, Judge, print_quality
+from convmae.commands.detect.judgement import DetectionQuality, print_quality
 from convmae.commands.detect.prediction import predict
 from convmae.commands.detect.training import AnnotatedBatch, JitterOptions, train
 from convmae.data.scenes import CATEGORY_IDS, SHAPES, write_scenes
@@ -259,7 +259,7 @@ def test_there_must_be_something_to_learn_and_to_judge_by(copied, paper_file, tm
 
 def test_the_demo_needs_no_data(paper_file, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "convmae.commands.detect.training.write_scenes",
+        "convmae.commands.supervised.write_scenes",
         lambda folder, layout, image_size: write_scenes(folder, layout, 4, 4, image_size),
     )
     run = small_run("demo", tmp_path / "run", paper_file, epochs=1, image_size=64)
@@ -283,10 +283,10 @@ def test_what_other_processes_left_out_is_listed_too(finished, copied, monkeypat
     broken = sorted((copied / "val2017").iterdir())[0]
     broken.write_bytes(b"no picture")
 
-    def gathered_from_two(judge, found):
+    def gathered_from_two(fabric, found):
         return [*found, "elsewhere.jpg: broken"] if all(isinstance(one, str) for one in found) else list(found)
 
-    monkeypatch.setattr(Judge, "gathered", gathered_from_two)
+    monkeypatch.setattr("convmae.commands.detect.evaluation.gathered", gathered_from_two)
     evaluate(finished.folder, copied, skip_damaged=True, engine=IN_PROCESS)
     listed = capsys.readouterr().err
     assert "damaged images that were left out: 2" in listed

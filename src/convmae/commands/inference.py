@@ -1,4 +1,4 @@
-"""Trained models put to use on images: what `embed`, `neighbours`, `predict` and `visualise` share.
+"""Trained models put to use on images: what `embed`, `neighbours`, `predict`, `visualise` and others share.
 
 Images are seen as in validation, in order: the shorter side resized, a centre crop, damaged files named.
 """
@@ -24,6 +24,7 @@ from convmae.models.classifier import Classifier
 from convmae.models.detector import Detector, checked_size
 from convmae.models.encoder import grid_of, height_and_width
 from convmae.models.registry import load, load_classifier
+from convmae.models.segmenter import Segmenter
 from convmae.training.engine import DeviceOptions, loader_workers, start_engine
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
@@ -119,6 +120,24 @@ def load_trained_detector(
     fabric = start_engine(engine)
     network.to(fabric.device).eval().requires_grad_(False)
     return TrainedDetector(network, fabric, file, loader_workers(engine, fabric), size)
+
+
+@dataclass(frozen=True)
+class TrainedSegmenter(Trained):
+    """A frozen segmenter on its device."""
+
+    network: Segmenter
+
+
+def load_trained_segmenter(weights: Path, engine: DeviceOptions) -> TrainedSegmenter:
+    """The segmenter of a run or weights file, ours or published, frozen, on the device that `engine` names."""
+    file = weights_files.locate(Path(weights))  # Python callers may pass a string
+    network = load(file)
+    if not isinstance(network, Segmenter):
+        raise UserError(f"{weights} holds no segmenter: train one first, with convmae segment train")
+    fabric = start_engine(engine)
+    network.to(fabric.device).eval().requires_grad_(False)
+    return TrainedSegmenter(network, fabric, file, loader_workers(engine, fabric))
 
 
 def open_pictures(images: str | Path, split: str = "train") -> ImageCollection:

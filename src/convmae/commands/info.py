@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from convmae.benchmarks.arithmetic import count_macs
 from convmae.models.autoencoder import ConvMAE
 from convmae.models.encoder import height_and_width
-from convmae.models.registry import create_autoencoder, create_classifier, create_detector
+from convmae.models.registry import create_autoencoder, create_classifier, create_detector, create_segmenter
 from convmae.training.run import check_choice
 
 # Rows of the table -> the modules whose arithmetic and parameters they count.
@@ -46,8 +46,8 @@ class Info:
 
 
 @dataclass(frozen=True)
-class DetectorInfo:
-    """What `info` prints of a detector, by part and in total. GMAC: billions of multiply-accumulates, one image."""
+class DownstreamInfo:
+    """What `info` prints of a detector or segmenter, by part and in total. GMAC: billions of multiply-accumulates."""
 
     parameters: dict[str, int]
     gmac: dict[str, float]
@@ -55,36 +55,42 @@ class DetectorInfo:
 
 def info(
     model: str = "base",
-    task: Literal["pretraining", "detection"] = "pretraining",
+    task: Literal["pretraining", "detection", "segmentation"] = "pretraining",
     image_size: int | tuple[int, int] | None = None,
     in_channels: int = 3,
     mask_ratio: float = 0.75,
     kernel_size: int = 5,
     multi_scale: bool = True,
     form: Literal["paper", "vitdet"] = "paper",
-    num_classes: int = 80,
-) -> Info | DetectorInfo:
+    num_classes: int | None = None,
+) -> Info | DownstreamInfo:
     """Show parameters and arithmetic by part of a model, in pretraining dense and visible-only, and its memory.
 
     Args:
         model: size: tiny, small, base, large or huge.
-        task: pretraining, or detection for the Mask R-CNN.
-        image_size: pixels, one number or [height, width], multiples of 16; by default 224, for detection 1024.
+        task: pretraining, detection for the Mask R-CNN, or segmentation for the UperNet.
+        image_size: pixels, one number or [height, width], multiples of 16; by default 224, for detection 1024, for
+            segmentation 512.
         in_channels: channels of the images.
         mask_ratio: fraction of tokens masked, inside (0, 1).
         kernel_size: of the depthwise convolutions.
         multi_scale: fuse stages 1 and 2 into the latent (multi-scale decoder).
         form: of the detector.
-        num_classes: of the detector.
+        num_classes: of the detector or segmenter; by default COCO's 80 or ADE20K's 150.
 
     Raises UserError for sizes and names that no model has.
     """
-    check_choice("task", task, ("pretraining", "detection"))
+    check_choice("task", task, ("pretraining", "detection", "segmentation"))
     if task == "detection":
         size = height_and_width(image_size or 1024)
-        detector = _inspect_detector(model, size, in_channels, kernel_size, form, num_classes)
-        _print_detector(detector, f"convmae {model}, Mask R-CNN, {form} form, {size[0]}x{size[1]}, one image")
-        return detector
+        found = _inspect_detector(model, size, in_channels, kernel_size, form, num_classes or 80)
+        _print_downstream(found, f"convmae {model}, Mask R-CNN, {form} form, {size[0]}x{size[1]}, one image")
+        return found
+    if task == "segmentation":
+        size = height_and_width(image_size or 512)
+        found = _inspect_segmenter(model, size, in_channels, kernel_size, num_classes or 150)
+        _print_downstream(found, f"convmae {model}, UperNet, {size[0]}x{size[1]}, one image")
+        return found
     size = height_and_width(image_size or 224)
     settings = {
         "image_size": size,
@@ -127,7 +133,7 @@ def info(
 @torch.no_grad()
 def _inspect_detector(
     model: str, image_size: tuple[int, int], in_channels: int, kernel_size: int, form: str, num_classes: int
-) -> DetectorInfo:
+) -> DownstreamInfo:
     """Count a detector that keeps all its proposals and all its detections."""
     with torch.device("meta"):
         detector = create_detector(
@@ -145,7 +151,7 @@ def _inspect_detector(
     encoder, heads = detector.encoder, detector.roi_heads
     maps = encoder.forward_intermediates(image, intermediates_only=True)
     levels = list(detector.pyramid(maps).values())
-    relative = sum(p.numel() for name, p in encoder.named_parameters() if "positions." in name)
+    relative = _relative_positions(encoder)
     parameters = {
         "encoder": _parameters(encoder) - relative,
         "relative positions": relative,
@@ -162,8 +168,52 @@ def _inspect_detector(
         "boxes": count_macs(lambda: heads.box_predictor(heads.box_head(regions))),
         "masks": count_macs(lambda: heads.mask_predictor(heads.mask_head(detections))),
     }
+    return _downstream_info(parameters, macs)
+
+
+@torch.no_grad()
+def _inspect_segmenter(
+    model: str, image_size: tuple[int, int], in_channels: int, kernel_size: int, num_classes: int
+) -> DownstreamInfo:
+    """Count a segmenter, by one image in training."""
+    with torch.device("meta"):
+        segmenter = create_segmenter(
+            model, image_size=image_size, in_channels=in_channels, kernel_size=kernel_size, num_classes=num_classes
+        ).eval()
+        image = torch.empty(1, in_channels, *image_size)
+    encoder, head = segmenter.encoder, segmenter.decode_head
+    maps = segmenter.features(image)
+    relative = _relative_positions(encoder)
+    pooling = _parameters(head.psp_modules) + _parameters(head.bottleneck)
+    pyramid = _parameters(head.lateral_convs) + _parameters(head.fpn_convs)
+    parameters = {
+        "encoder": _parameters(encoder) - relative,
+        "relative positions": relative,
+        "stride 32": _parameters(segmenter.downsample4),
+        "pyramid pooling": pooling,
+        "feature pyramid": pyramid,
+        "fusion and classes": _parameters(head) - pooling - pyramid,
+        "auxiliary head": _parameters(segmenter.auxiliary_head),
+        "total": _parameters(segmenter),
+    }
+    macs = {
+        "encoder": count_macs(lambda: encoder(image)),
+        "stride 32": count_macs(lambda: segmenter.downsample4(maps[2])),
+        "pyramid pooling": count_macs(lambda: head.pool(maps[3])),
+        "feature pyramid": count_macs(lambda: head.levels(maps)) - count_macs(lambda: head.pool(maps[3])),
+        "fusion and classes": count_macs(lambda: head(maps)) - count_macs(lambda: head.levels(maps)),
+        "auxiliary head": count_macs(lambda: segmenter.auxiliary_head(maps[2])),
+    }
+    return _downstream_info(parameters, macs)
+
+
+def _downstream_info(parameters: dict[str, int], macs: dict[str, int]) -> DownstreamInfo:
     gmac = {part: count / 1e9 for part, count in macs.items()}
-    return DetectorInfo(parameters, {**gmac, "total": sum(gmac.values())})
+    return DownstreamInfo(parameters, {**gmac, "total": sum(gmac.values())})
+
+
+def _relative_positions(encoder: nn.Module) -> int:
+    return sum(p.numel() for name, p in encoder.named_parameters() if "positions." in name)
 
 
 def _on_meta(model: str, **settings) -> ConvMAE:
@@ -230,7 +280,7 @@ def _frozen(module: nn.Module) -> int:
     return _parameters(module) - _trained(module)
 
 
-def _print_detector(result: DetectorInfo, title: str) -> None:
+def _print_downstream(result: DownstreamInfo, title: str) -> None:
     table = Table("part")
     for name in ("parameters (M)", "GMAC"):
         table.add_column(name, justify="right")

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import functional
 
-from convmae.data.images import UndecodableImageError, open_upright, pillow_mode
+from convmae.data.images import UnfitAnnotationError, open_upright, pillow_mode
 from convmae.data.placement import (
     Placement,
     fitting_factor,
@@ -478,7 +478,7 @@ def _decode_annotated(file: BinaryIO, annotation: Annotation | None, in_channels
     if annotation is not None and annotation.size != (height, width):
         told = f"{annotation.size[1]}x{annotation.size[0]}"
         turned = ", perhaps before its EXIF data turn it" if annotation.size == (width, height) else ""
-        raise UndecodableImageError(f"it is {width}x{height}, the annotations say {told}{turned}")
+        raise UnfitAnnotationError(f"it is {width}x{height}, the annotations say {told}{turned}")
     return image
 
 

@@ -39,6 +39,10 @@ class UndecodableImageError(Exception):
     """A picture that cannot be opened or decoded; the message is the reason."""
 
 
+class UnfitAnnotationError(UndecodableImageError):
+    """A picture whose labels or annotations are not its own, or cannot be read; the message is the reason."""
+
+
 @contextmanager
 def undecodable_if_damaged() -> Iterator[None]:
     """Turn what opening and decoding raise inside into UndecodableImageError."""

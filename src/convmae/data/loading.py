@@ -14,7 +14,7 @@ import torch
 from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
-from convmae.data.images import UndecodableImageError, undecodable_if_damaged
+from convmae.data.images import UndecodableImageError, UnfitAnnotationError, undecodable_if_damaged
 from convmae.data.sampler import ResumableSampler, mixed_seed
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
@@ -202,9 +202,10 @@ def _judged(
 def _failure(name: str, error: UndecodableImageError, skip_damaged: bool) -> str:
     """What to report of a damaged picture; raises UserError unless they are to be skipped."""
     if not skip_damaged:
-        raise UserError(
-            f"{name} cannot be decoded, replace or delete it, or leave such images out with --skip-damaged: {error}"
-        ) from error
+        fault = "cannot be decoded, replace or delete it"
+        if isinstance(error, UnfitAnnotationError):
+            fault = "cannot be used, correct or delete it and its annotation"
+        raise UserError(f"{name} {fault}, or leave such images out with --skip-damaged: {error}") from error
     return f"{name}: {error}"
 
 

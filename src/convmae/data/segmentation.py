@@ -18,7 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from convmae.data.images import UndecodableImageError, decode_image, pillow_mode, undecodable_if_damaged
+from convmae.data.images import (
+    UndecodableImageError,
+    UnfitAnnotationError,
+    decode_image,
+    pillow_mode,
+    undecodable_if_damaged,
+)
 from convmae.data.placement import (
     Placement,
     cut,
@@ -55,7 +61,7 @@ class LabelMap(NamedTuple):
     """Whether 0 in the file is IGNORED and the classes begin at 1."""
 
     def read(self, size: tuple[int, int]) -> Tensor:
-        """uint8 (H, W) of a picture of this size, classes from 0 on or IGNORED; raises UndecodableImageError."""
+        """uint8 (H, W) of a picture of this size, classes from 0 on or IGNORED; raises UnfitAnnotationError."""
         stored = self._stored()
         if stored.shape != size:
             (height, width), (wanted_height, wanted_width) = stored.shape, size
@@ -87,8 +93,8 @@ class LabelMap(NamedTuple):
             raise self._unfit(f"has {bits}-bit labels: write them with 8 bits")
         raise self._unfit(f"has colours or transparency ({mode}), not labels: write one number of 8 bits a pixel")
 
-    def _unfit(self, reason: str) -> UndecodableImageError:
-        return UndecodableImageError(f"its label map {self.path} {reason}")
+    def _unfit(self, reason: str) -> UnfitAnnotationError:
+        return UnfitAnnotationError(f"its label map {self.path} {reason}")
 
 
 class SegmentationImages(ImageCollection):

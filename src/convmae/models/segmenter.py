@@ -50,17 +50,24 @@ class UperNetHead(nn.Module):
         _initialise_head(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps (B, C, H / f, W / f), the largest first -> scores in the size of the first."""
-        last = maps[-1]
-        pooled = [_resized(pool(last), last.shape[-2:]) for pool in self.psp_modules]
+        """Maps (B, C, H / f, W / f), the largest first -> scores (B, N, h, w) in the size of the first."""
+        levels = self.levels(maps)
+        size = levels[0].shape[-2:]
+        fused = self.fpn_bottleneck(torch.cat([_resized(x, size) for x in levels], dim=1))
+        return self.conv_seg(self.dropout(fused))
+
+    def levels(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The feature pyramid: each map joined by those below it, (B, width, H / f, W / f)."""
         levels = [lateral(x) for lateral, x in zip(self.lateral_convs, maps[:-1], strict=True)]
-        levels.append(self.bottleneck(torch.cat([last, *pooled], dim=1)))
+        levels.append(self.pool(maps[-1]))
         for number in reversed(range(len(levels) - 1)):
             levels[number] = levels[number] + _resized(levels[number + 1], levels[number].shape[-2:])
-        smoothed = [convolve(x) for convolve, x in zip(self.fpn_convs, levels[:-1], strict=True)]
-        size = levels[0].shape[-2:]
-        fused = self.fpn_bottleneck(torch.cat([_resized(x, size) for x in (*smoothed, levels[-1])], dim=1))
-        return self.conv_seg(self.dropout(fused))
+        return [*(convolve(x) for convolve, x in zip(self.fpn_convs, levels[:-1], strict=True)), levels[-1]]
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Pyramid pooling, which sees the whole map: (B, C, h, w) -> (B, width, h, w)."""
+        pooled = [_resized(pool(x), x.shape[-2:]) for pool in self.psp_modules]
+        return self.bottleneck(torch.cat([x, *pooled], dim=1))
 
 
 class FCNHead(nn.Module):
@@ -125,8 +132,9 @@ class Segmenter(nn.Module):
         reduce_zero_label: bool = False,
     ) -> None:
         super().__init__()
-        if not 1 <= num_classes <= IGNORED:
-            raise UserError(f"a segmenter of {num_classes} classes: choose 1 to {IGNORED}, as label maps have 8 bits")
+        most = IGNORED - reduce_zero_label
+        if not 2 <= num_classes <= most:
+            raise UserError(f"a segmenter of {num_classes} classes: choose 2 to {most}, as label maps have 8 bits")
         if classes is not None and len(classes) != num_classes:
             raise UserError(f"{len(classes)} names for {num_classes} classes: give one to each")
         self.settings: dict[str, Any] = {  # what a weights file records, so that `load` builds the same segmenter

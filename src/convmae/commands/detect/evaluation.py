@@ -9,6 +9,7 @@ from rich.progress import track
 
 from convmae.commands.detect.judgement import DetectionQuality, Judge, print_quality
 from convmae.commands.inference import checked_output, load_trained_detector, report_damaged
+from convmae.commands.supervised import gathered
 from convmae.data.detection import find_coco, open_coco
 from convmae.errors import UserError
 from convmae.training.checkpoint import replace_file
@@ -78,8 +79,8 @@ def evaluate(
             disable=not (console.is_terminal and fabric.is_global_zero),
         )
     )
-    results = judge.gathered(found)
-    left_out = [*source.left_out, *judge.gathered(damaged)]
+    results = gathered(fabric, found)
+    left_out = [*source.left_out, *gathered(fabric, damaged)]
     quality = judge.quality(results)
     if fabric.is_global_zero:
         report_damaged(left_out)

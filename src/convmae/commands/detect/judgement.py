@@ -3,15 +3,15 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
-import torch.distributed
 from lightning.fabric import Fabric
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from convmae.commands.supervised import gathered, share_buffers
 from convmae.data.detection import CocoImages, ResizeAndPad, collate_resized
 from convmae.data.loading import build_evaluation_loader
 from convmae.errors import UserError
@@ -20,8 +20,6 @@ from convmae.models.detector import Detector
 
 ImageResults = tuple[int, list[dict[str, Any]]]
 """A picture's id, and what was found in it as COCO's results."""
-
-T = TypeVar("T")
 
 _KINDS: tuple[Literal["bbox"], Literal["segm"]] = ("bbox", "segm")
 
@@ -80,10 +78,8 @@ class Judge:
 
     def __call__(self, network: Detector) -> DetectionQuality:
         """COCO's figures, the same in every process; the detector is put into evaluation mode and back."""
-        if self._fabric.world_size > 1:  # each has its own batch statistics, where torch does not keep them together
-            for buffer in network.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-        return self.quality(self.gathered(list(self.detections(network))))
+        share_buffers(self._fabric, network)
+        return self.quality(gathered(self._fabric, list(self.detections(network))))
 
     @torch.inference_mode()
     def detections(self, network: Detector) -> Iterator[ImageResults]:
@@ -101,14 +97,6 @@ class Judge:
                 image_id = self._source.image_ids[index]
                 yield image_id, coco_results(image_id, detection, self._source.category_ids)
         network.train(was_training)
-
-    def gathered(self, found: Sequence[T]) -> list[T]:
-        """What all processes found, of what one did."""
-        if self._fabric.world_size == 1:
-            return list(found)
-        parts: list[Any] = [None] * self._fabric.world_size
-        torch.distributed.all_gather_object(parts, found)
-        return [one for part in parts for one in part]
 
     def quality(self, found: Sequence[ImageResults]) -> DetectionQuality:
         """COCO's figures of the detections of all processes; pictures that are not among them do not count."""

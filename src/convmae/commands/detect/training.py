@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from convmae import weights as weights_files
 from convmae.commands.detect.judgement import DetectionQuality, Judge
-from convmae.commands.supervised import best_score_before, train_and_judge
+from convmae.commands.supervised import best_score_before, demo_scenes, train_and_judge
 from convmae.data.detection import CocoImages, LargeScaleJitter, ResizeAndPad, collate_targets, find_coco, open_coco
 from convmae.data.failures import DecodingFailures
 from convmae.data.images import UndecodableImageError
 from convmae.data.loading import build_training_loader
 from convmae.data.sampler import mixed_seed
-from convmae.data.scenes import write_scenes
 from convmae.errors import UserError
 from convmae.models.detector import DetectionLosses, Detector, checked_size
 from convmae.models.encoder import height_and_width
@@ -157,8 +155,8 @@ def train(
 
     fabric = start_engine(engine)
     if data == "demo":
-        image_size = image_size or 128
-        data = str(_demo_scenes(fabric, output, height_and_width(image_size)))
+        image_size = checked_size(height_and_width(image_size or 128))  # before thousands of scenes are written
+        data = str(demo_scenes(fabric, output, "coco", image_size))
     root = None if data is None else Path(data)
     training = open_coco(
         *find_coco(root, "train", train_annotations, train_images, ("--train-annotations", "--train-images")),
@@ -298,16 +296,6 @@ class DetectorTraining(nn.Module):
 
     def forward(self, batch: AnnotatedBatch) -> DetectionLosses:
         return self.detector(batch.images, batch.targets)
-
-
-def _demo_scenes(fabric: Fabric, output: Path, image_size: tuple[int, int]) -> Path:
-    """The folder of the generated scenes, written by one process."""
-    folder = output / "scenes"
-    checked_size(image_size)  # before thousands of them are written
-    if fabric.is_global_zero:
-        write_scenes(folder, "coco", image_size=image_size)
-    fabric.barrier()
-    return folder
 
 
 def _network(weights: Path | None, model: str, training: CocoImages, chosen: dict[str, Any]) -> Detector:

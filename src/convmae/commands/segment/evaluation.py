@@ -1,0 +1,91 @@
+"""`convmae segment eval`: mIoU and its like of a segmenter on labelled pictures."""
+
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import track
+
+from convmae.commands.inference import checked_output, load_trained_segmenter, report_damaged
+from convmae.commands.segment.inference import Inference, InferenceOptions
+from convmae.commands.segment.judgement import Judge, print_quality, write_quality
+from convmae.commands.supervised import gathered
+from convmae.data.segmentation import find_ade20k, open_segmentation
+from convmae.evaluation.segmentation import SegmentationQuality
+from convmae.training.checkpoint import replace_file
+from convmae.training.engine import EngineOptions
+from convmae.training.run import check_positive
+
+
+def evaluate(
+    weights: Path,
+    data: Path | None = None,
+    split: Literal["train", "val"] = "val",
+    images: Path | None = None,
+    annotations: Path | None = None,
+    reduce_zero_label: bool | None = None,
+    output: Path | None = None,
+    batch_size: int = 8,
+    skip_damaged: bool = False,
+    inference: InferenceOptions = InferenceOptions(),  # noqa: B008 (frozen)
+    engine: EngineOptions = EngineOptions(),  # noqa: B008
+) -> SegmentationQuality:
+    """Judge a segmenter by the overlap of predicted and true classes (mIoU) and by accuracy, in total and by class.
+
+    Args:
+        weights: a segmenter's run or weights file, ours or published.
+        data: a folder in ADE20K's layout.
+        split: train or val, which of its two parts.
+        images: another folder of pictures than that of data.
+        annotations: the folder of their label maps, 8-bit PNG files of the same names.
+        reduce_zero_label: whether label 0 is no class and label 1 the first; by default as in the training.
+        output: a CSV file for the figures of each class.
+        batch_size: windows at a time, of one process.
+        skip_damaged: leave out and list pictures that are damaged or have no usable label map instead of stopping.
+        inference: sliding window or whole pictures, several scales, mirrored.
+        engine: devices and precision.
+
+    Figures are for the pixels of the pictures as they are stored; those labelled 255 do not count.
+
+    Raises UserError for weights without a segmenter and for unreadable data.
+    """
+    check_positive(batch_size=batch_size)
+    if output is not None:
+        output = checked_output(output, (".csv",))
+    folders = find_ade20k(None if data is None else Path(data), split, images, annotations)
+    model = load_trained_segmenter(weights, engine)
+    network, fabric = model.network, model.fabric
+    if reduce_zero_label is None:
+        reduce_zero_label = network.settings["reduce_zero_label"]
+    source = open_segmentation(*folders, network.classes, reduce_zero_label, skip_damaged)
+    damaged: list[str] = []
+    judge = Judge(
+        fabric,
+        source,
+        Inference(inference, network.settings, batch_size),
+        lambda _, failed: damaged.extend(failed),
+        model.workers,
+        skip_damaged,
+    )
+    console = Console(stderr=True)
+    quality = judge(
+        network,
+        lambda pictures: list(
+            track(
+                pictures,
+                description="segmenting",
+                total=-(-len(source) // fabric.world_size),
+                console=console,
+                transient=True,
+                disable=not (console.is_terminal and fabric.is_global_zero),
+            )
+        ),
+    )
+    left_out = [*source.left_out, *gathered(fabric, damaged)]
+    if fabric.is_global_zero:
+        report_damaged(left_out)
+        print_quality(quality, source.classes, Console())
+        if output is not None:
+            replace_file(output, lambda path: write_quality(path, quality, source.classes))
+            Console().print(f"by class: {output}", markup=False, soft_wrap=True)
+    return quality

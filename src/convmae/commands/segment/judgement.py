@@ -1,0 +1,110 @@
+"""How good a segmenter is on labelled pictures, over all processes: what training and evaluation share."""
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from convmae.commands.segment.inference import Inference
+from convmae.commands.supervised import share_buffers
+from convmae.data.loading import build_evaluation_loader
+from convmae.data.segmentation import SegmentationImages, collate_views
+from convmae.errors import UserError
+from convmae.evaluation.segmentation import SegmentationMetrics, SegmentationQuality
+from convmae.models.segmenter import Segmenter
+
+
+class Judge:
+    """Judges segmenters on this process's share of labelled pictures, and on everybody else's."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        source: SegmentationImages,
+        inference: Inference,
+        record: Callable[[int, Sequence[str]], None],
+        workers: int,
+        skip_damaged: bool,
+    ) -> None:
+        """record: told of each picture, see DecodingFailures."""
+        self._fabric, self._source, self._inference, self._record = fabric, source, inference, record
+        self._loader = build_evaluation_loader(
+            source,
+            inference.transform,
+            batch_size=1,  # they have different sizes
+            collate_fn=collate_views,
+            skip_damaged=skip_damaged,
+            num_workers=workers,
+            pin_memory=fabric.device.type == "cuda",
+            num_replicas=fabric.world_size,
+            rank=fabric.global_rank,
+        )
+
+    def __call__(self, network: Segmenter, progress: Callable[[Iterator[None]], object] = list) -> SegmentationQuality:
+        """The quality, the same in every process; the segmenter is put into evaluation mode and back.
+
+        progress: goes through the pictures of this process.
+        """
+        share_buffers(self._fabric, network)
+        metrics = SegmentationMetrics(network.num_classes, self._fabric.device)
+        was_training = network.training
+        network.eval()
+        progress(self._pictures(network, metrics))
+        network.train(was_training)
+        quality = metrics.compute()
+        if not quality.confusion.any():
+            raise UserError(f"no pixel of {self._source.name} can be judged: check the pictures and their label maps")
+        return quality
+
+    @torch.inference_mode()
+    def _pictures(self, network: Segmenter, metrics: SegmentationMetrics) -> Iterator[None]:
+        """Count this process's pixels, picture by picture."""
+        for batch in self._loader:
+            self._record(len(batch["images"]), batch["failed"])
+            for views, labels, size in zip(batch["images"], batch["labels"], batch["original_sizes"], strict=True):
+                with self._fabric.autocast():
+                    found = self._inference(network, views, size)
+                metrics.update(found, labels.to(found.device, non_blocking=True))
+            yield
+
+
+def print_quality(quality: SegmentationQuality, classes: Sequence[str], console: Console) -> None:
+    """The three means, and overlap, accuracy and share of the pixels of each class, in per cent."""
+    table = Table(title="segmentation, %", title_justify="left")
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_row("mIoU, overlap of predicted and true pixels, mean of the classes", _percent(quality.mIoU))
+    table.add_row("mAcc, share of a class's pixels that are found, mean of the classes", _percent(quality.mAcc))
+    table.add_row("aAcc, share of all pixels that are right", _percent(quality.aAcc))
+    console.print(table)
+    table = Table(title="by class, %", title_justify="left")
+    table.add_column("class", overflow="fold")
+    for name in ("IoU", "accuracy", "of all pixels"):
+        table.add_column(name, justify="right")
+    for name, *shares in _by_class(quality, classes):
+        table.add_row(Text(name), *map(_percent, shares))
+    console.print(table)
+
+
+def write_quality(path: Path, quality: SegmentationQuality, classes: Sequence[str]) -> None:
+    """A CSV file with IoU, accuracy and share of the pixels of each class; empty where there is no such class."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "IoU", "accuracy", "share_of_pixels"])
+        for name, *shares in _by_class(quality, classes):
+            rows.writerow([name, *("" if math.isnan(share) else share for share in shares)])
+
+
+def _by_class(quality: SegmentationQuality, classes: Sequence[str]) -> Iterator[tuple[str, float, float, float]]:
+    shares = quality.confusion.sum(dim=1) / quality.confusion.sum()
+    yield from zip(classes, quality.iou.tolist(), quality.accuracy.tolist(), shares.tolist(), strict=True)
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.1f}"

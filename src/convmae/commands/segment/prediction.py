@@ -1,0 +1,144 @@
+"""`convmae segment predict`: the class of each pixel of pictures, as label maps and drawn."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from convmae.commands.inference import OrderedBatches, load_trained_segmenter, open_pictures, report_damaged
+from convmae.commands.segment.inference import Inference, InferenceOptions
+from convmae.data.images import decode_image
+from convmae.data.segmentation import collate_views
+from convmae.data.sources import ImageCollection
+from convmae.errors import UserError
+from convmae.training.checkpoint import replace_file
+from convmae.training.engine import DeviceOptions
+from convmae.training.run import check_positive
+from convmae.visualize import SegmentedPicture, segmentation_picture
+
+_SHOWN = 20  # pictures in the table on the terminal
+_NAMED = 5  # classes of a picture there
+
+
+@dataclass(frozen=True)
+class SegmentationResult:
+    """Where the label maps are."""
+
+    label_maps: tuple[Path, ...]
+    """8-bit PNG files in the pictures' sizes; their values are the labels of the training data's own files."""
+    overlays: tuple[Path, ...]
+    """The drawn pictures, with a legend."""
+
+
+@torch.inference_mode()
+def predict(
+    images: str,
+    weights: Path,
+    output: Path = Path("segmentation"),
+    draw: int = 100,
+    batch_size: int = 4,
+    split: str = "train",
+    skip_damaged: bool = False,
+    inference: InferenceOptions = InferenceOptions(),  # noqa: B008 (frozen)
+    engine: DeviceOptions = DeviceOptions(),  # noqa: B008
+) -> SegmentationResult:
+    """Segment pictures: write label maps, and draw the classes over the pictures, with a legend.
+
+    Args:
+        images: an image, a folder of images at any depth, hfds/NAME, or demo.
+        weights: a segmenter's run or weights file, ours or published.
+        output: a folder for label_maps/ and overlays/.
+        draw: the most pictures to draw, the first ones; 0 for none.
+        batch_size: windows at a time.
+        split: of a Hugging Face data set.
+        skip_damaged: leave out and list images that cannot be decoded instead of stopping.
+        inference: sliding window or whole pictures, several scales, mirrored.
+        engine: device and precision.
+
+    Raises UserError for weights without a segmenter, for unreadable images, and for two of one name.
+    """
+    check_positive(batch_size=batch_size)
+    if draw < 0:
+        raise UserError("draw cannot be below 0: choose how many pictures to draw")
+    output = Path(output)  # Python callers may pass a string
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file: choose a folder for the label maps")
+    pictures = open_pictures(images, split)
+    names = _file_names(images, pictures)
+    model = load_trained_segmenter(weights, engine)
+    network = model.network
+    infer = Inference(inference, network.settings, batch_size)
+    batches = OrderedBatches(model, infer.transform, pictures, 1, skip_damaged, "segmenting", collate_fn=collate_views)
+    first_label = int(network.settings["reduce_zero_label"])
+    label_maps: list[Path] = []
+    overlays: list[Path] = []
+    shares: dict[str, Counter[str]] = {}
+    for batch in batches:
+        for index, views, size in zip(batch["indices"].tolist(), batch["images"], batch["original_sizes"], strict=True):
+            with model.fabric.autocast():
+                found = infer(network, views, size).to(torch.uint8).cpu()
+            path = output / "label_maps" / names[index]
+            _write(path, found + first_label)
+            label_maps.append(path)
+            classes, counts = found.unique(return_counts=True)
+            shares[pictures.picture_name(index)] = Counter(
+                {
+                    network.classes[label]: count / found.numel()
+                    for label, count in zip(classes, counts.tolist(), strict=True)
+                }
+            )
+            if len(overlays) < draw:
+                path = output / "overlays" / names[index]
+                with pictures.open(index) as file:
+                    image = decode_image(file) / 255
+                segmentation_picture(path, [[SegmentedPicture(image, found, "")]], network.classes)
+                overlays.append(path)
+    report_damaged(batches.damaged)
+    if not label_maps:
+        raise UserError(f"none of the images of {images} can be decoded: check the files")
+    _show(shares)
+    Console().print(
+        f"label maps: {output / 'label_maps'}; {len(overlays)} pictures: {output / 'overlays'}"
+        + (f" (the first of {len(label_maps)}, more with --draw)" if 0 < len(overlays) < len(label_maps) else ""),
+        markup=False,
+        soft_wrap=True,
+    )
+    return SegmentationResult(tuple(label_maps), tuple(overlays))
+
+
+def _file_names(images: str, pictures: ImageCollection) -> list[Path]:
+    """Where in a folder each picture's results go: its path below `images`, or its name, with the ending .png."""
+    names: dict[Path, str] = {}
+    for index in range(len(pictures)):
+        picture = pictures.picture_name(index)
+        path = Path(picture)
+        name = path.relative_to(images) if Path(images).is_dir() else Path(path.name)
+        name = name.with_suffix(".png")
+        if name in names:
+            raise UserError(f"the results of {names[name]} and {picture} would both be called {name}: rename one")
+        names[name] = picture
+    return list(names)
+
+
+def _write(path: Path, labels: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(labels.numpy())
+    replace_file(path, lambda temporary: image.save(temporary, format="PNG"))
+
+
+def _show(shares: dict[str, Counter[str]]) -> None:
+    table = Table("image", "largest classes, % of the pixels")
+    table.columns[0].overflow = "fold"
+    for name, found in list(shares.items())[:_SHOWN]:
+        table.add_row(
+            Text(name), Text(", ".join(f"{label} {100 * share:.0f}" for label, share in found.most_common(_NAMED)))
+        )
+    Console().print(table)
+    if len(shares) > _SHOWN:
+        Console().print(f"and {len(shares) - _SHOWN} more")
