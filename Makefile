@@ -1,14 +1,16 @@
 # make demo  installs and pretrains a tiny model on sample photographs, a few minutes on a CPU
 # make demo-detect  the same for a detector, on generated scenes
+# make demo-segment  the same for a segmenter
 # make test  installs and runs linters and tests
 # make bench times a training step against the published formulation
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-DEMO := runs/demo-detect-$(shell date +%Y%m%d-%H%M%S)
+NOW := $(shell date +%Y%m%d-%H%M%S)
+DEMO = runs/$@-$(NOW)
 
-.PHONY: demo demo-detect test bench clean
+.PHONY: demo demo-detect demo-segment test bench clean
 
 demo: .venv/installed
 	$(BIN)/convmae pretrain --config demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -20,6 +22,15 @@ demo-detect: .venv/installed
 	$(BIN)/convmae detect train --config detect_demo --data $(DEMO)/scenes --weights $(DEMO)/pretrained \
 		--output $(DEMO)/detector
 	$(BIN)/convmae detect predict --images $(DEMO)/scenes/val2017 --weights $(DEMO)/detector --draw 10 \
+		--output $(DEMO)/predictions
+
+demo-segment: .venv/installed
+	$(BIN)/convmae scenes --layout ade20k --output $(DEMO)/scenes
+	$(BIN)/convmae pretrain --config demo --data $(DEMO)/scenes/images/training --epochs 10 --optimizer.warmup-epochs 2 \
+		--output $(DEMO)/pretrained
+	$(BIN)/convmae segment train --config segment_demo --data $(DEMO)/scenes --weights $(DEMO)/pretrained \
+		--output $(DEMO)/segmenter
+	$(BIN)/convmae segment predict --images $(DEMO)/scenes/images/validation --weights $(DEMO)/segmenter --draw 10 \
 		--output $(DEMO)/predictions
 
 test: .venv/installed-for-tests
