@@ -210,12 +210,16 @@ class Segmenter(nn.Module):
         image. stride: steps from a window to the next; by default two thirds of it, rounded down. The last window in a
         row or column is moved back inside. Smaller images are padded with the mean colour up to what the encoder takes.
 
-        Raises UserError for impossible windows.
+        Raises UserError for impossible windows, and in training mode.
         """
+        if self.training:
+            raise UserError("a segmenter in training mode learns: call its eval() first")
+        if windows_at_a_time < 1:
+            raise UserError(f"{windows_at_a_time} windows at a time cannot be: choose at least 1")
         images = self.encoder.normalize(images)  # before padding: its zeros are the mean colour
         size = (images.shape[-2], images.shape[-1])
         smallest = tuple(max(_SMALLEST, -(-side // PATCH) * PATCH) for side in size)
-        window = (smallest[0], smallest[1]) if window is None else checked_size(window)
+        window = (smallest[0], smallest[1]) if window is None else checked_size(window, "window")
         stride = (window[0] * 2 // 3, window[1] * 2 // 3) if stride is None else stride
         if not all(0 < step <= side for step, side in zip(stride, window, strict=True)):
             raise UserError(f"a stride of {stride} leaves gaps between windows of {window}: choose 1 up to their sides")
@@ -252,10 +256,8 @@ class Segmenter(nn.Module):
             probabilities are averaged. size: height and width of the answer, by default those of the (first) images.
         window, stride, windows_at_a_time: see `slide`. flip: average with the mirrored images, too.
 
-        Raises UserError in training mode.
+        Raises UserError for impossible windows, and in training mode.
         """
-        if self.training:
-            raise UserError("a segmenter in training mode learns: call its eval() first")
         views = [images] if isinstance(images, Tensor) else list(images)
         size = (views[0].shape[-2], views[0].shape[-1]) if size is None else size
         if len(views) == 1 and not flip:
@@ -295,12 +297,12 @@ def fit_segmenter(state: weights.StateDict, model: Segmenter) -> weights.StateDi
     return fit_downstream(state, model.state_dict(), last_layers, "decode_head.conv_seg.bias")
 
 
-def checked_size(image_size: Sequence[int]) -> tuple[int, int]:
-    """The (height, width) of images that a segmenter takes at once; raises UserError for others."""
+def checked_size(image_size: Sequence[int], what: str = "image size") -> tuple[int, int]:
+    """The (height, width) of images that a segmenter takes at once; raises UserError for others, which says of what."""
     height, width = image_size
     if min(height, width) < _SMALLEST or height % PATCH or width % PATCH:
         raise UserError(
-            f"image size {height}x{width} does not suit a segmenter: choose multiples of {PATCH} from {_SMALLEST} on"
+            f"{what} {height}x{width} does not suit a segmenter: choose multiples of {PATCH} from {_SMALLEST} on"
         )
     return height, width
 
