@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from convmae import weights
 from convmae.errors import UserError
 from convmae.models.encoder import LAYERS_BEFORE_TRANSFORMER, ConvViT, height_and_width
-from convmae.models.fitting import fit
+from convmae.models.fitting import fit, without_downstream
 from convmae.models.layers import initialise_linear
 
 _log = logging.getLogger(__name__)
@@ -176,12 +176,12 @@ class Classifier(nn.Module):
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Classifier) -> weights.StateDict:
     """Make what any weights file of this package or the authors' holds fit a classifier.
 
-    state_dict: whatever `weights.unwrap` takes: an autoencoder, a classifier or an encoder. Parts that the model does
-    not have, such as a decoder, are left out; a head or norm that the file does not have stays the model's, and so does
-    a head for another number of classes; positions are resized. Raises UserError that names the first tensor that does
-    not fit.
+    state_dict: whatever `weights.unwrap` takes: any model with an encoder, or an encoder. Parts that the model does not
+    have, such as a decoder or relative positions, are left out; layer scale is multiplied into the layers before it; a
+    head or norm that the file does not have stays the model's, and so does a head for another number of classes;
+    positions are resized. Raises UserError that names the first tensor that does not fit.
     """
-    state, _ = weights.unwrap(state_dict)
+    state = without_downstream(weights.unwrap(state_dict)[0])
     own = model.state_dict()
     parts = {_part(name) for name in own}
     state = {name: value for name, value in state.items() if _part(name) in parts}

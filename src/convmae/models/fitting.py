@@ -12,6 +12,9 @@ from convmae.weights import StateDict
 
 _log = logging.getLogger(__name__)
 
+_SCALES = {".ls1.gamma": ".attn.proj", ".ls2.gamma": ".mlp.fc2"}
+"""The layer whose result is scaled, by the end of the scale's name."""
+
 
 def fit(state: Mapping[str, Tensor], model: Mapping[str, Tensor], resize_positions: bool = False) -> StateDict:
     """The tensors of `state` for a model whose own state dict is `model`.
@@ -52,10 +55,12 @@ def fit_downstream(
         these, as long as there are classes and background.
 
     Parts that the model does not have, such as a decoder, are left out; parts that the file does not have, relative
-    positions and layer scale stay the model's, and so do last layers for another number of classes. Tables of positions
-    are resized where the model was built for other grids. Raises UserError that names the first tensor that does not
-    fit.
+    positions and layer scale stay the model's, and so do last layers for another number of classes. Where the model has
+    no layer scale, the file's is multiplied into the layers before it. Tables of positions are resized where the model
+    was built for other grids. Raises UserError that names the first tensor that does not fit.
     """
+    if not any(name.endswith(tuple(_SCALES)) for name in model):
+        state = without_layer_scale(state)
     parts = {name.split(".")[0] for name in model}
     given = {
         name: _resized_positions(value, model[name]) if "positions." in name and name in model else value
@@ -77,7 +82,7 @@ def fit_downstream(
 
 def _is_downstream(name: str) -> bool:
     """Whether a tensor belongs to what the encoder has in a downstream form only."""
-    return "positions." in name or ".ls1." in name or ".ls2." in name
+    return "positions." in name or name.endswith(tuple(_SCALES))
 
 
 def _resized_positions(table: Tensor, own: Tensor) -> Tensor:
@@ -88,15 +93,28 @@ def _resized_positions(table: Tensor, own: Tensor) -> Tensor:
 
 
 def without_downstream(state: Mapping[str, Tensor]) -> StateDict:
-    """A downstream model's tensors for a plain encoder: layer scale multiplied into the layers before it, exactly.
+    """A downstream model's tensors for a plain encoder: no relative positions, which have no place there, nor scale."""
+    return {name: value for name, value in without_layer_scale(state).items() if not _is_downstream(name)}
 
-    Relative positions have no place there and are left out.
+
+def without_layer_scale(state: Mapping[str, Tensor]) -> StateDict:
+    """The same function without layer scale, which is multiplied into the layers before it, exactly.
+
+    Raises UserError that names a scale that is not as long as its layer's result.
     """
-    plain = {name: value for name, value in state.items() if not _is_downstream(name)}
-    for scale, layer in (("ls1.gamma", "attn.proj"), ("ls2.gamma", "mlp.fc2")):
+    plain = {name: value for name, value in state.items() if not name.endswith(tuple(_SCALES))}
+    for scale, layer in _SCALES.items():
         for name, gamma in state.items():
-            if name.endswith(scale):
-                block = name.removesuffix(scale)
-                plain[f"{block}{layer}.weight"] = plain[f"{block}{layer}.weight"] * gamma[:, None]
-                plain[f"{block}{layer}.bias"] = plain[f"{block}{layer}.bias"] * gamma
+            if not name.endswith(scale):
+                continue
+            for part in ("weight", "bias"):
+                scaled = name.removesuffix(scale) + f"{layer}.{part}"
+                if scaled not in plain:
+                    continue  # which is told by its name where the weights meet the model
+                if gamma.shape != plain[scaled].shape[:1]:
+                    raise UserError(
+                        f"the weights do not fit each other: {name} is {tuple(gamma.shape)} and {scaled} "
+                        f"{tuple(plain[scaled].shape)}; save or download the file again"
+                    )
+                plain[scaled] = plain[scaled] * gamma.view(-1, *[1] * (plain[scaled].ndim - 1))
     return plain

@@ -18,7 +18,7 @@ from convmae.models.autoencoder import ConvMAE
 from convmae.models.classifier import Classifier, checkpoint_filter_fn
 from convmae.models.detector import Detector, fit_detector
 from convmae.models.encoder import PATCH
-from convmae.models.fitting import fit, without_downstream
+from convmae.models.fitting import fit
 from convmae.models.segmenter import Segmenter, fit_segmenter
 
 _log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def load(
 def load_classifier(
     path_or_state_dict: str | Path | Mapping[str, Any], num_heads: int | None = None, **settings: Any
 ) -> Classifier:
-    """Build a classifier on the encoder of any weights file: of an autoencoder, a classifier or an encoder alone.
+    """Build a classifier on the encoder of any weights file: of any model, or of an encoder alone.
 
     path_or_state_dict, num_heads: see `load`. settings: any other argument of Classifier, such as num_classes,
         image_size or drop_path; by default the file's.
@@ -175,8 +175,7 @@ def _classifier(
     state: weights.StateDict, facts: dict[str, Any], num_heads: int | None, settings: dict[str, Any]
 ) -> Classifier:
     known = _known(state, facts, num_heads)
-    if _is_detector(state) or weights.is_segmenter(state):  # whose positions, sizes and classes are its own
-        state = without_downstream(state)
+    if _is_detector(state) or weights.is_segmenter(state):  # whose sizes and classes are its own
         known = {**known, **weights.sizes(state), "classes": None, "num_classes": 0}
     accepted = inspect.signature(Classifier).parameters
     known = {name: value for name, value in known.items() if name in accepted}
@@ -198,13 +197,8 @@ def _detector(
     known = _known(state, facts, num_heads)
     if not _is_detector(state):
         of_tiny = _TINY_DETECTOR if tuple(known["widths"]) == ENCODERS["tiny"]["widths"] else {}
-        known = {
-            **of_tiny,
-            **{name: known[name] for name in _OF_THE_ENCODER},
-            "pos_embed_size": known["image_size"],
-        }
-        if weights.is_segmenter(state):
-            state = without_downstream(state)
+        sizes = {name: known[name] for name in _OF_THE_ENCODER}
+        known = {**of_tiny, **sizes, "pos_embed_size": known["image_size"]}
     elif "form" not in known:
         raise UserError("these weights do not tell the detector's settings: fill a convmae.Detector with them by hand")
     elif settings.get("num_classes", known["num_classes"]) != known["num_classes"]:
