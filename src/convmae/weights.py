@@ -213,8 +213,10 @@ def save(path: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any
 
 
 def save_published(path: str | Path, state: Mapping[str, Tensor]) -> None:
-    """Write a torch file under the published names, as the authors' code reads it (`{"model": ...}`)."""
-    torch.save({"model": to_published({name: value.detach().cpu() for name, value in state.items()})}, path)
+    """Write a torch file under the published names, as the authors' code reads it, or mmsegmentation a segmenter's."""
+    # mmsegmentation knows no "model": it would load nothing, and not fail.
+    wrapping = "state_dict" if is_segmenter(state) else "model"
+    torch.save({wrapping: to_published({name: value.detach().cpu() for name, value in state.items()})}, path)
 
 
 def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, Any]]:
