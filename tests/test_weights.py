@@ -1,5 +1,6 @@
 import argparse
 import os
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -55,6 +56,163 @@ def test_a_detector_s_other_parts_pass_through_published_names(form):
     back = weights.from_published(there)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+CLASSES = ("wall", "building", "sky", "floor", "tree")
+
+
+def published_segmenter(widths=(8, 12, 16), depths=(2, 1, 3), heads=2, side=4, head=8, auxiliary=6):
+    """Random tensors under mmsegmentation's names, in the shapes of its modules."""
+    state = OrderedDict()
+
+    def add(name, *shape):
+        state[name] = torch.rand(shape)
+
+    def layer(name, *shape):
+        add(f"{name}.weight", *shape)
+        add(f"{name}.bias", shape[0])
+
+    def norm(name, width):
+        layer(name, width)
+
+    def batch_norm(name, width):
+        layer(name, width)
+        add(f"{name}.running_mean", width)
+        add(f"{name}.running_var", width)
+        state[f"{name}.num_batches_tracked"] = torch.tensor(7)
+
+    def convolution(name, out_channels, in_channels, kernel):
+        add(f"{name}.conv.weight", out_channels, in_channels, kernel, kernel)
+        batch_norm(f"{name}.bn", out_channels)
+
+    add("backbone.pos_embed", 1, side**2, widths[2])
+    for stage, (inside, width, factor) in enumerate(zip((3, *widths), widths, (4, 2, 2), strict=False), start=1):
+        layer(f"backbone.patch_embed{stage}.proj", width, inside, factor, factor)
+        norm(f"backbone.patch_embed{stage}.norm", width)
+    layer("backbone.patch_embed4", widths[2], widths[2])
+    for stage in (1, 2):
+        width = widths[stage - 1]
+        for number in range(depths[stage - 1]):
+            block = f"backbone.blocks{stage}.{number}"
+            norm(f"{block}.norm1", width)
+            layer(f"{block}.conv1", width, width, 1, 1)
+            layer(f"{block}.attn", width, 1, 5, 5)
+            layer(f"{block}.conv2", width, width, 1, 1)
+            norm(f"{block}.norm2", width)
+            layer(f"{block}.mlp.fc1", 4 * width, width, 1, 1)
+            layer(f"{block}.mlp.fc2", width, 4 * width, 1, 1)
+    width = widths[2]
+    for number in range(depths[2]):
+        block = f"backbone.blocks3.{number}"
+        add(f"{block}.gamma_1", width)
+        add(f"{block}.gamma_2", width)
+        norm(f"{block}.norm1", width)
+        add(f"{block}.attn.relative_position_bias_table", (2 * side - 1) ** 2, heads)
+        state[f"{block}.attn.relative_position_index"] = torch.randint(0, (2 * side - 1) ** 2, (side**2, side**2))
+        layer(f"{block}.attn.qkv", 3 * width, width)
+        layer(f"{block}.attn.proj", width, width)
+        norm(f"{block}.norm2", width)
+        layer(f"{block}.mlp.fc1", 4 * width, width)
+        layer(f"{block}.mlp.fc2", width, 4 * width)
+    layer("backbone.fpn.0", width, width, 3, 3)
+    batch_norm("backbone.fpn.1", width)
+    layer("decode_head.conv_seg", len(CLASSES), head, 1, 1)
+    for number in range(4):
+        convolution(f"decode_head.psp_modules.{number}.1", head, width, 1)
+    convolution("decode_head.bottleneck", head, width + 4 * head, 3)
+    for number, inside in enumerate(widths):
+        convolution(f"decode_head.lateral_convs.{number}", head, inside, 1)
+        convolution(f"decode_head.fpn_convs.{number}", head, head, 3)
+    convolution("decode_head.fpn_bottleneck", head, 4 * head, 3)
+    layer("auxiliary_head.conv_seg", len(CLASSES), auxiliary, 1, 1)
+    convolution("auxiliary_head.convs.0", auxiliary, width, 3)
+    return state
+
+
+def wrapped_by_mmsegmentation(state):
+    state = OrderedDict(state)
+    state._metadata = OrderedDict({"": {"version": 1}})  # as torch's own state dicts have it
+    palette = [[number, number, number] for number in range(len(CLASSES))]
+    meta = {"CLASSES": CLASSES, "PALETTE": palette, "epoch": 1, "iter": 160_000, "mmcv_version": "1.4.0"}
+    return {"meta": meta, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}
+
+
+def test_the_published_segmenter_s_names_are_those_of_the_published_code(golden):
+    """What is written out above agrees with the golden file, which holds the encoder alone."""
+    theirs = published(golden, "segmentation_backbone_tiny")
+    ours = published_segmenter(widths=(16, 24, 48), heads=4, side=8)
+    backbone = {name.removeprefix("backbone."): x.shape for name, x in ours.items() if name.startswith("backbone.")}
+    assert backbone == {name: x.shape for name, x in theirs.items()}
+
+
+@pytest.mark.parametrize("load", [convmae.load, convmae.load_segmenter])
+@pytest.mark.parametrize("auxiliary", [True, False])
+def test_a_published_segmenter_loads(tmp_path, load, auxiliary):
+    state = published_segmenter()
+    if not auxiliary:
+        state = OrderedDict((name, x) for name, x in state.items() if not name.startswith("auxiliary_head."))
+    torch.save(wrapped_by_mmsegmentation(state), tmp_path / "upernet.pth")
+    model = load(tmp_path / "upernet.pth", num_heads=2)
+    assert type(model) is convmae.Segmenter
+    assert model.classes == list(CLASSES)
+    assert model.settings == {
+        "image_size": (64, 64),
+        "in_channels": 3,
+        "num_classes": 5,
+        "widths": (8, 12, 16),
+        "depths": (2, 1, 3),
+        "num_heads": 2,
+        "mlp_ratio": 4.0,
+        "kernel_size": 5,
+        "head_width": 8,
+        "auxiliary_width": 6 if auxiliary else 256,
+        "auxiliary_weight": 0.4,
+        "classes": list(CLASSES),
+        "reduce_zero_label": True,
+    }
+    block, theirs = model.encoder.stage3[2], "backbone.blocks3.2."
+    assert torch.equal(block.ls1.gamma, state[f"{theirs}gamma_1"])
+    assert torch.equal(block.ls2.gamma, state[f"{theirs}gamma_2"])
+    assert torch.equal(block.attn.positions.table, state[f"{theirs}attn.relative_position_bias_table"].view(7, 7, 2))
+    assert torch.equal(model.encoder.pos_embed, state["backbone.pos_embed"].view(1, 4, 4, 16))
+    assert torch.equal(model.downsample4[0].weight, state["backbone.fpn.0.weight"])
+    assert torch.equal(model.downsample4[1].running_var, state["backbone.fpn.1.running_var"])
+    for part in ("decode_head", "auxiliary_head") if auxiliary else ("decode_head",):
+        for name, value in getattr(model, part).state_dict().items():
+            assert torch.equal(value, state[f"{part}.{name}"]), name
+    back = weights.to_published(model.state_dict())
+    kept = {name for name in state if not name.endswith("relative_position_index")}  # follows from the table's shape
+    assert {name for name in back if auxiliary or not name.startswith("auxiliary_head.")} == kept
+    assert all(torch.equal(back[name], state[name]) for name in kept)
+    images = torch.randint(0, 256, (1, 3, 64, 80), dtype=torch.uint8)
+    assert model.eval()(images).shape == (1, 5, 64, 80)
+
+
+def test_a_published_segmenter_of_other_classes_and_sizes(tmp_path, caplog):
+    torch.save(wrapped_by_mmsegmentation(published_segmenter()), tmp_path / "upernet.pth")
+    model = convmae.load_segmenter(tmp_path / "upernet.pth", num_heads=2, num_classes=3, image_size=(96, 80))
+    assert "the weights' last layers are for 5 classes, the model's for 3" in caplog.text
+    assert model.classes == ["0", "1", "2"]
+    assert model.encoder.pos_embed.shape == (1, 6, 5, 16)
+    assert model.encoder.stage3[0].attn.positions.table.shape == (11, 9, 2)
+
+
+def test_a_published_segmenter_without_names_of_its_classes():
+    state = published_segmenter()
+    for content in (state, {"state_dict": state}, {"meta": {"CLASSES": None, "epoch": 1}, "state_dict": state}):
+        assert convmae.load(content, num_heads=2).settings["classes"] is None
+
+
+def test_a_segmenter_is_written_as_mmsegmentation_reads_it(tmp_path):
+    """mmcv's load_checkpoint looks under "state_dict", and takes what it does not know for no error."""
+    model = convmae.create_segmenter("tiny", image_size=(64, 64), num_classes=3, head_width=16)
+    weights.save_published(tmp_path / "s.pth", model.state_dict())
+    content = torch.load(tmp_path / "s.pth", weights_only=True)
+    assert list(content) == ["state_dict"]
+    parts = {name.split(".")[0] for name in content["state_dict"]}
+    assert parts == {"backbone", "decode_head", "auxiliary_head"}
+    back = convmae.load(tmp_path / "s.pth").state_dict()
+    assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
 
 
 def test_relative_positions_that_are_no_square_are_refused(golden):

@@ -11,6 +11,7 @@ from convmae.models.attention import (
     Attention,
     DecomposedPositions,
     MapAttention,
+    MapBlock,
     RelativePositionTable,
     TransformerBlock,
     attend,
@@ -201,3 +202,35 @@ def test_attention_on_a_whole_map_is_attention_over_its_tokens():
     never = torch.full((4, 15, 15), -torch.inf)  # a bias that lets a token see itself alone: its value goes through
     itself = on_map(x, never.diagonal_scatter(torch.zeros(4, 15), dim1=1, dim2=2))
     torch.testing.assert_close(itself, plain.proj(plain.qkv(x)[..., 32:]))
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_table_of_its_own_is_the_bias_that_a_block_would_be_given(window):
+    grid = (window, window) if window else (5, 3)
+    with_table = MapAttention(16, 4, window, RelativePositionTable(grid, 4))
+    given = MapAttention(16, 4, window)
+    torch.nn.init.normal_(with_table.positions.table)
+    given.load_state_dict(with_table.state_dict(), strict=False)
+    x = torch.randn(2, 5, 3, 16)
+    bias = looked_up(with_table.positions.table, grid)
+    torch.testing.assert_close(with_table(x), given(x, bias))
+    assert not torch.allclose(with_table(x), given(x), atol=1e-3)
+    assert_same_gradients(with_table(x), given(x, bias), [with_table.positions.table])
+
+
+def test_layer_scale_is_a_factor_of_each_channel_of_a_branch():
+    block = MapBlock(16, 4, 2.0, 0.0, MapAttention(16, 4), layer_scale=0.3, norm_eps=1e-2)
+    assert torch.equal(block.ls1.gamma, torch.full((16,), 0.3))
+    assert torch.equal(block.ls2.gamma, torch.full((16,), 0.3))
+    for scale in (block.ls1, block.ls2):
+        torch.nn.init.normal_(scale.gamma)
+    x = torch.randn(2, 3, 5, 16)
+
+    def normalised(x):
+        return torch.nn.functional.layer_norm(x, (16,), eps=1e-2)
+
+    y = x + block.ls1.gamma * block.attn(normalised(x))
+    expected = y + block.ls2.gamma * block.mlp(normalised(y))
+    torch.testing.assert_close(block(x), expected)
+    plain = MapBlock(16, 4, 2.0, 0.0, MapAttention(16, 4))
+    assert not any("ls" in name for name in plain.state_dict())

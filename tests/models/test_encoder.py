@@ -110,7 +110,7 @@ def windowed(attention, **settings):
     return convmae.ConvViT(**{**small, **settings}, attention=attention)
 
 
-@pytest.mark.parametrize("positions", ["shared", "decomposed"])
+@pytest.mark.parametrize("positions", ["shared", "own", "decomposed"])
 @pytest.mark.parametrize("global_blocks", [(), (0, 3), (0, 1, 2, 3)])
 def test_one_window_over_the_map_without_positions_changes_nothing(positions, global_blocks):
     plain = windowed(None)
@@ -118,12 +118,13 @@ def test_one_window_over_the_map_without_positions_changes_nothing(positions, gl
     result = model.load_state_dict(plain.state_dict(), strict=False)
     assert result.unexpected_keys == []
     assert all("positions." in name for name in result.missing_keys)  # zero at first
-    assert len(result.missing_keys) == (8 if positions == "decomposed" else 1 if len(global_blocks) in (0, 4) else 2)
+    shared = 1 if len(global_blocks) in (0, 4) else 2
+    assert len(result.missing_keys) == {"shared": shared, "own": 4, "decomposed": 8}[positions]
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(model(images), plain(images))
 
 
-@pytest.mark.parametrize("positions", ["shared", "decomposed"])
+@pytest.mark.parametrize("positions", ["shared", "own", "decomposed"])
 def test_windows_of_other_sizes_than_the_map_s(positions):
     """Without a global block, what a token sees ends at its window and the convolutions' reach."""
     apart = windowed(AttentionOnMaps(positions, 3, (), (4, 4)))
@@ -141,7 +142,7 @@ def test_windows_of_other_sizes_than_the_map_s(positions):
             assert bool(seen[beyond].any()) is (everywhere and bool(beyond.any()))
 
 
-@pytest.mark.parametrize("attention", [None, "shared", "decomposed"])
+@pytest.mark.parametrize("attention", [None, "shared", "own", "decomposed"])
 def test_gradient_checkpointing_changes_no_gradient(attention):
     if attention is not None:
         attention = AttentionOnMaps(attention, 3, (1,), (4, 4))
@@ -160,6 +161,25 @@ def test_gradient_checkpointing_changes_no_gradient(attention):
     assert torch.equal(*outputs)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_layer_scale_and_epsilon_are_the_transformer_s():
+    plain = windowed(None)
+    model = windowed(AttentionOnMaps("own", 0, (0, 1, 2, 3), (4, 4), layer_scale=0.5, norm_eps=1e-3))
+    missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    scales = {f"stage3.{block}.{scale}.gamma" for block in range(4) for scale in ("ls1", "ls2")}
+    assert set(missing) == scales | {f"stage3.{block}.attn.positions.table" for block in range(4)}
+    epsilons = {name: module.eps for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)}
+    assert {eps for name, eps in epsilons.items() if name.startswith("stage3")} == {1e-3}
+    assert {eps for name, eps in epsilons.items() if not name.startswith("stage3")} == {1e-5}
+    with torch.no_grad():
+        for block in plain.stage3:
+            block.norm1.eps = block.norm2.eps = 1e-3
+            for layer in (block.attn.proj, block.mlp.fc2):
+                layer.weight.mul_(0.5)
+                layer.bias.mul_(0.5)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model(images), plain(images))
 
 
 def test_drop_path_grows_over_windowed_blocks_too():
