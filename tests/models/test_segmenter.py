@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.functional import interpolate
 from transformers import UperNetConfig
@@ -521,7 +520,7 @@ def test_synchronised_batch_norms_keep_their_activations():
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(images)
-        synchronised = convert_sync_batchnorm(copy.deepcopy(model)).eval()
+        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()
         assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
         torch.testing.assert_close(synchronised(images), expected)
 

@@ -32,7 +32,7 @@ def export(
     onnx and torch-export hold a graph from images, normalised float (B, C, H, W) with any B, to logits (B, classes),
     or to pooled features (B, C3) where the weights have no head; it names the classes and says how to normalise. timm
     is a folder for timm.create_model("local-dir:FOLDER", pretrained=True) after `import convmae`. reference is a file
-    for the authors' code, under the published names: the whole autoencoder or classifier.
+    for the authors' code, under the published names: the whole autoencoder, classifier or segmenter.
 
     Args:
         weights: a run's folder, a checkpoint or a weights file, ours or published.

@@ -3,11 +3,11 @@
 Shape letters: B batch, C channels, H height and W width in pixels, N classes.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import ConvNormAct
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, pad
 
@@ -39,12 +39,12 @@ class UperNetHead(nn.Module):
         scales = (1, 2, 3, 6)
         last = in_channels[-1]
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvNormAct(last, width, 1)) for scale in scales
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), _convolution(last, width, 1)) for scale in scales
         )
-        self.bottleneck = ConvNormAct(last + len(scales) * width, width, 3)
-        self.lateral_convs = nn.ModuleList(ConvNormAct(channels, width, 1) for channels in in_channels[:-1])
-        self.fpn_convs = nn.ModuleList(ConvNormAct(width, width, 3) for _ in in_channels[:-1])
-        self.fpn_bottleneck = ConvNormAct(len(in_channels) * width, width, 3)
+        self.bottleneck = _convolution(last + len(scales) * width, width, 3)
+        self.lateral_convs = nn.ModuleList(_convolution(channels, width, 1) for channels in in_channels[:-1])
+        self.fpn_convs = nn.ModuleList(_convolution(width, width, 3) for _ in in_channels[:-1])
+        self.fpn_bottleneck = _convolution(len(in_channels) * width, width, 3)
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(width, num_classes, 1)
         _initialise_head(self)
@@ -75,13 +75,19 @@ class FCNHead(nn.Module):
 
     def __init__(self, in_channels: int, width: int, num_classes: int, dropout: float = 0.1) -> None:
         super().__init__()
-        self.convs = nn.Sequential(ConvNormAct(in_channels, width, 3))
+        self.convs = nn.Sequential(_convolution(in_channels, width, 3))
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(width, num_classes, 1)
         _initialise_head(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv_seg(self.dropout(self.convs(x)))
+
+
+def _convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    """A convolution that keeps the size, batch normalisation, ReLU."""
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU(inplace=True)))
 
 
 def _initialise_head(head: UperNetHead | FCNHead) -> None:
@@ -238,7 +244,7 @@ class Segmenter(nn.Module):
             for (top, left), scores in zip(some, self(crops).split(len(images)), strict=True):
                 total[..., top : top + height, left : left + width] += scores
                 count[top : top + height, left : left + width] += 1
-        return (total / count)[..., : size[0], : size[1]]
+        return total.div_(count)[..., : size[0], : size[1]]
 
     @torch.no_grad()
     def segment(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from convmae import weights as weights_files
@@ -227,7 +226,7 @@ def train(
     if steps_per_epoch < 1:
         raise UserError(f"{training.name} has too few images for {accumulate} passes: lower --accumulate")
     if synchronised:
-        network = convert_sync_batchnorm(network)
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     adamw = build_optimizer(network, optimizer, batch_size)
     schedule = build_schedule(adamw, optimizer, epochs, steps_per_epoch)
     wrapped, wrapped_optimizer = fabric.setup(SegmenterTraining(network), adamw)
