@@ -47,7 +47,7 @@ class UperNetHead(nn.Module):
         self.fpn_bottleneck = _convolution(len(in_channels) * width, width, 3)
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(width, num_classes, 1)
-        _initialise_head(self)
+        _initialise_head(self, 768)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps (B, C, H / f, W / f), the largest first -> scores (B, N, h, w) in the size of the first."""
@@ -78,7 +78,7 @@ class FCNHead(nn.Module):
         self.convs = nn.Sequential(_convolution(in_channels, width, 3))
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(width, num_classes, 1)
-        _initialise_head(self)
+        _initialise_head(self, 256)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv_seg(self.dropout(self.convs(x)))
@@ -90,12 +90,14 @@ def _convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Se
     return nn.Sequential(OrderedDict(conv=convolution, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU(inplace=True)))
 
 
-def _initialise_head(head: UperNetHead | FCNHead) -> None:
-    """As published: He's normal distribution, the scores' weights a narrow one."""
+def _initialise_head(head: UperNetHead | FCNHead, published_width: int) -> None:
+    """As published: He's normal distribution, and for the scores' weights one of 0.01, wider in narrower heads."""
     for module in head.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    nn.init.normal_(head.conv_seg.weight, std=0.01)
+    # With 0.01, a head of 48 channels gives the layers before it so small gradients that for 500 steps it learns
+    # nothing but the most frequent class.
+    nn.init.normal_(head.conv_seg.weight, std=0.01 * published_width / head.conv_seg.in_channels)
     assert head.conv_seg.bias is not None
     nn.init.zeros_(head.conv_seg.bias)
 
