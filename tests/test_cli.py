@@ -42,6 +42,8 @@ def test_ctrl_c_ends_without_a_traceback(capsys, monkeypatch):
         (["pretrain", "--data", "demo", "--no-such-flag", "3"], "unrecognized arguments: --no_such_flag"),
         (["pretrain", "--config", "no-such-recipe", "--data", "demo"], "base_1600ep"),
         (["reconstruct", "--checkpoint", "nothing.safetensors"], "no weights at nothing.safetensors"),
+        (["info", "--task", "segmentation", "--image-size", "40"], "40x40 does not suit a segmenter"),
+        (["segment", "train", "--data", "no/such/folder"], "there is no classes.txt in no/such/folder"),
         (["dance"], "invalid choice: 'dance'"),
         (["pretrain", "--data", "demo", "--image-size", "32,48"], "--image-size cannot be '32,48'"),
         (["pretrain", "--data", "demo", "--engine.accelerator", "abacus"], "--engine.accelerator cannot be 'abacus'"),
@@ -99,6 +101,16 @@ def test_flags_with_hyphens_and_bare_switches(capsys, flags):
 
 
 @pytest.mark.parametrize(
+    ("flags", "value"), [([], None), (["--reduce-zero-label"], True), (["--reduce-zero-label", "false"], False)]
+)
+def test_a_switch_that_has_a_default_of_its_own(capsys, flags, value):
+    """True, false, or left to the command."""
+    status, out, _ = run(capsys, "segment", "train", *flags, "--data", "x", "--print_config")
+    assert status == 0
+    assert yaml.safe_load(out)["reduce_zero_label"] is value
+
+
+@pytest.mark.parametrize(
     "flags", [["--config", "base_200ep", "--epochs", "7"], ["--epochs", "7", "--config=base_200ep"]]
 )
 def test_flags_win_over_a_recipe_on_either_side_of_it(capsys, flags):
@@ -116,6 +128,7 @@ def test_every_option_is_explained(capsys):
         for part in (command.keys() - {"_help"} if isinstance(command, dict) else [None])
     ]
     assert ["detect", "train"] in commands
+    assert ["segment", "train"] in commands
     for command in commands:
         status, out, _ = run(capsys, *command, "--help")
         assert status == 0

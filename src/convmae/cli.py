@@ -176,7 +176,7 @@ def _switches(function: Any) -> set[str]:
     """Dotted names of the true-or-false options of a command."""
     found = set()
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.annotation is bool:
+        if parameter.annotation in (bool, bool | None):
             found.add(parameter.name)
         elif is_dataclass(parameter.annotation):
             found |= {f"{parameter.name}.{field.name}" for field in fields(parameter.annotation) if field.type is bool}
