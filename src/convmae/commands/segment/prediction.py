@@ -114,12 +114,12 @@ def predict(
 
 def _file_names(images: str, pictures: ImageCollection) -> list[Path]:
     """Where in a folder each picture's results go: its path below `images`, or its name, with the ending .png."""
+    folder = Path(images)
     names: dict[Path, str] = {}
     for index in range(len(pictures)):
         picture = pictures.picture_name(index)
         path = Path(picture)
-        name = path.relative_to(images) if Path(images).is_dir() else Path(path.name)
-        name = name.with_suffix(".png")
+        name = (path.relative_to(folder) if folder in path.parents else Path(path.name)).with_suffix(".png")
         if name in names:
             raise UserError(f"the results of {names[name]} and {picture} would both be called {name}: rename one")
         names[name] = picture
