@@ -194,8 +194,11 @@ def train(
     restored = None
     if newest is not None:
         state, facts = weights_files.read(newest)
-        if facts.get("classes") != names:
-            raise UserError(f"{output} holds a run with other classes than {training.name}: choose another --output")
+        if (facts.get("classes"), facts.get("reduce_zero_label")) != (names, reduce_zero_label):
+            raise UserError(
+                f"{output} holds a run with other classes than {training.name}, or with another --reduce-zero-label: "
+                "choose another --output"
+            )
         fill(network, state)
         restored = read_state(newest)
     failures = DecodingFailures(output)
