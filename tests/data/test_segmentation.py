@@ -166,7 +166,7 @@ def test_labels_beyond_the_classes_are_told_as_in_the_file(tmp_path):
     with pytest.raises(UndecodableImageError) as error:
         label_map(tmp_path, labels).read(SIZE)
     assert str(error.value).endswith(
-        "has the label 5, but there are 5 classes, counted from 0 on: check --classes and --reduce-zero-label"
+        "has the label 5, but there are 5 classes, counted from 0 on: check their list and --reduce-zero-label"
     )
     assert (label_map(tmp_path, labels, reduce_zero_label=True).read(SIZE) == 4).all()
     labels[0, 0] = 6
@@ -745,7 +745,7 @@ def test_damaged_pictures_and_label_maps_are_refused_or_left_out(folders, tmp_pa
     assert first["failed"][0] == f"{tmp_path}/pictures/a.b.png: not an image, or of an unknown format"
     assert first["failed"][1] == (
         f"{tmp_path}/pictures/a/deep/x.png: its label map {tmp_path}/maps/a/deep/x.png has the label 9, but there are "
-        "5 classes, counted from 0 on: check --classes and --reduce-zero-label"
+        "5 classes, counted from 0 on: check their list and --reduce-zero-label"
     )
     assert first["failed"][2].startswith(
         f"{tmp_path}/pictures/b.JPG: its label map {tmp_path}/maps/b.png is no PNG that can be read: "

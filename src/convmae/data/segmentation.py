@@ -72,7 +72,7 @@ class LabelMap(NamedTuple):
         if largest >= first + self.num_classes:
             raise self._unfit(
                 f"has the label {largest}, but there are {self.num_classes} classes, counted from {first} on: check "
-                "--classes and --reduce-zero-label"
+                "their list and --reduce-zero-label"
             )
         classes = numpy.full(256, IGNORED, dtype=numpy.uint8)
         classes[first : first + self.num_classes] = numpy.arange(self.num_classes)
@@ -155,8 +155,7 @@ def read_classes(data: Path | None, file: Path | None) -> list[str]:
     They stand in `file`, or else in classes.txt of the folder `data`, one a line, or in ADE20K's own table there, of
     whose synonyms the first is taken. Raises UserError where there is none of these, or one does not fit.
     """
-    usual = [] if data is None else [Path(data, "classes.txt"), Path(data, _ADE20K_TABLE)]
-    path = next((path for path in usual if path.is_file()), None) if file is None else Path(file)
+    path = _usual_classes(data) if file is None else Path(file)
     if path is None:
         lacking = f"there is no classes.txt in {data}" if data else "nothing names the classes"
         raise UserError(f"{lacking}: write a text file with the name of a class a line, and give it as --classes")
@@ -177,6 +176,16 @@ def read_classes(data: Path | None, file: Path | None) -> list[str]:
     if not 2 <= len(names) <= IGNORED:
         raise UserError(f"{path} names {len(names)} classes: it must be 2 to {IGNORED}, one a line")
     return names
+
+
+def names_classes(data: Path | None) -> bool:
+    """Whether a folder itself holds the names of its classes."""
+    return _usual_classes(data) is not None
+
+
+def _usual_classes(data: Path | None) -> Path | None:
+    usual = [] if data is None else [Path(data, "classes.txt"), Path(data, _ADE20K_TABLE)]
+    return next((path for path in usual if path.is_file()), None)
 
 
 def _first_synonyms(path: Path, lines: list[str]) -> list[str]:

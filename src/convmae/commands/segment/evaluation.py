@@ -10,8 +10,10 @@ from convmae.commands.inference import checked_output, load_trained_segmenter, r
 from convmae.commands.segment.inference import Inference, InferenceOptions
 from convmae.commands.segment.judgement import Judge, print_quality, write_quality
 from convmae.commands.supervised import gathered
-from convmae.data.segmentation import find_ade20k, open_segmentation
+from convmae.data.segmentation import find_ade20k, names_classes, open_segmentation, read_classes
+from convmae.errors import UserError
 from convmae.evaluation.segmentation import SegmentationQuality
+from convmae.models.segmenter import Segmenter
 from convmae.training.checkpoint import replace_file
 from convmae.training.engine import EngineOptions
 from convmae.training.run import check_positive
@@ -47,7 +49,8 @@ def evaluate(
 
     Figures are for the pixels of the pictures as they are stored; those labelled 255 do not count.
 
-    Raises UserError for weights without a segmenter and for unreadable data.
+    Raises UserError for weights without a segmenter, for data that names other classes than the segmenter's, and for
+    unreadable data.
     """
     check_positive(batch_size=batch_size)
     if output is not None:
@@ -55,6 +58,8 @@ def evaluate(
     folders = find_ade20k(None if data is None else Path(data), split, images, annotations)
     model = load_trained_segmenter(weights, engine)
     network, fabric = model.network, model.fabric
+    if data is not None and names_classes(data):
+        _check_classes(data, network)
     if reduce_zero_label is None:
         reduce_zero_label = network.settings["reduce_zero_label"]
     source = open_segmentation(*folders, network.classes, reduce_zero_label, skip_damaged)
@@ -89,3 +94,16 @@ def evaluate(
             replace_file(output, lambda path: write_quality(path, quality, source.classes))
             Console().print(f"by class: {output}", markup=False, soft_wrap=True)
     return quality
+
+
+def _check_classes(data: Path, network: Segmenter) -> None:
+    """Raise UserError unless the folder's classes are the segmenter's; of published weights only their number is known.
+
+    Figures by others would mean nothing.
+    """
+    named = read_classes(data, None)
+    if len(named) != network.num_classes or network.settings["classes"] not in (None, named):
+        raise UserError(
+            f"{data} names other classes than the segmenter's: give --images and --annotations instead of --data if "
+            "its labels are the same after all"
+        )
