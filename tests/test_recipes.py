@@ -10,6 +10,7 @@ from convmae.commands.detect import train as train_detector
 from convmae.commands.finetune import finetune
 from convmae.commands.pretrain import pretrain
 from convmae.commands.probe import probe
+from convmae.commands.segment import train as train_segmenter
 
 PAPER = [name for name in recipes() if name.startswith("base_")]
 
@@ -118,6 +119,46 @@ def test_the_detector_s_defaults_are_the_paper_s():
         assert getattr(defaults, name) == getattr(published, name)
     for name in ("base_lr", "weight_decay", "betas", "layer_decay", "schedule", "min_lr"):
         assert getattr(defaults.optimizer, name) == getattr(published.optimizer, name)
+
+
+def test_the_segmenter_holds_the_published_settings():
+    """160,000 iterations on ADE20K's 20,210 training images, of which an epoch has 1263 of whole batches."""
+    options = parsed("segment_base_160k", command=train_segmenter)
+    assert (options.model, options.batch_size, options.image_size, options.drop_path) == ("base", 16, 512, 0.2)
+    steps_per_epoch = 20_210 // 16
+    assert steps_per_epoch == 1263
+    assert options.epochs * steps_per_epoch == pytest.approx(160_000, rel=0.003)
+    variation = options.variation
+    assert (tuple(variation.scale), variation.largest_share, variation.flip) == ((0.5, 2.0), 0.75, 0.5)
+    assert variation.distortion == 0.5
+    optimizer = options.optimizer
+    assert optimizer.base_lr * 16 / 256 == pytest.approx(1e-4)
+    assert (optimizer.weight_decay, tuple(optimizer.betas), optimizer.layer_decay) == (0.05, (0.9, 0.999), 0.75)
+    assert (optimizer.power, optimizer.min_lr, optimizer.clip_grad) == (1.0, 0.0, None)
+    assert round(optimizer.warmup_epochs * steps_per_epoch) == 1500
+    inference = options.inference
+    assert (inference.whole, inference.window, inference.stride) == (False, 512, 341)
+    assert (inference.shorter_side or options.image_size, tuple(inference.scales), inference.flip) == (
+        512,
+        (1.0,),
+        False,
+    )
+
+
+def test_the_segmenter_s_demo_parses():
+    assert parsed("segment_demo", command=train_segmenter).model == "tiny"
+
+
+def test_the_segmenter_s_defaults_are_the_paper_s():
+    parser = auto_parser(train_segmenter, as_positional=False)
+    defaults = parser.instantiate(parser.parse_args(["--data", "photos"]))
+    published = parsed("segment_base_160k", command=train_segmenter)
+    for name in ("model", "epochs", "batch_size", "drop_path", "variation"):
+        assert getattr(defaults, name) == getattr(published, name)
+    for name in ("base_lr", "weight_decay", "betas", "layer_decay", "power", "min_lr", "clip_grad"):
+        assert getattr(defaults.optimizer, name) == getattr(published.optimizer, name)
+    for name in ("whole", "scales", "flip"):
+        assert getattr(defaults.inference, name) == getattr(published.inference, name)
 
 
 @pytest.mark.parametrize("command", [finetune, probe])

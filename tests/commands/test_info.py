@@ -1,5 +1,8 @@
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import convmae
 from convmae import UserError
 from convmae.commands.info import info
 
@@ -44,11 +47,7 @@ def test_parts_add_up_and_memory_grows_with_the_image():
 
 def test_activation_bytes_are_what_autograd_keeps():
     """Against real tensors of a real model on the CPU."""
-    import torch
-
-    from convmae import create_autoencoder
-
-    model = create_autoencoder("tiny", image_size=96)
+    model = convmae.create_autoencoder("tiny", image_size=96)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -76,8 +75,10 @@ def test_the_table_is_printed(capsys):
 def test_mistakes_are_refused():
     with pytest.raises(UserError, match="not divisible by 16"):
         info("tiny", image_size=(64, 70))
-    with pytest.raises(UserError, match="task cannot be 'segmentation': choose one of pretraining, detection"):
-        info("tiny", "segmentation")
+    with pytest.raises(UserError, match="task cannot be 'video': choose one of pretraining, detection, segmentation"):
+        info("tiny", "video")
+    with pytest.raises(UserError, match="image size 40x40 does not suit a segmenter"):
+        info("tiny", "segmentation", 40)
 
 
 # By the published configuration, in millions, the position embedding kept at 14 x 14.
@@ -102,3 +103,53 @@ def test_a_detector_s_arithmetic_grows_with_its_images():
     assert large.gmac["pyramid"] / small.gmac["pyramid"] == pytest.approx(4)
     assert large.gmac["encoder"] / small.gmac["encoder"] > 4  # of attention to everything
     assert small.parameters["encoder"] == large.parameters["encoder"]
+
+
+SEGMENTER = {
+    "encoder": "encoder",
+    "relative positions": "encoder",
+    "stride 32": "downsample4",
+    "pyramid pooling": "decode_head",
+    "feature pyramid": "decode_head",
+    "fusion and classes": "decode_head",
+    "auxiliary head": "auxiliary_head",
+}
+"""Its parts and in which of its modules each is."""
+
+
+def test_the_segmenter_has_the_published_numbers(capsys):
+    """153 million parameters and 0.6 T, as the paper counts: without the auxiliary head and what makes stride 32."""
+    result = info(task="segmentation")
+    parameters, gmac = result.parameters, result.gmac
+    assert round(parameters["total"] / 1e6, 1) == 160.2
+    unpublished = parameters["auxiliary head"] + parameters["stride 32"]
+    assert round((parameters["total"] - unpublished) / 1e6, 1) == 153.1
+    assert gmac["total"] - gmac["auxiliary head"] == pytest.approx(611, abs=2)
+    assert gmac["total"] == pytest.approx(sum(gmac[part] for part in SEGMENTER if part != "relative positions"))
+    printed = capsys.readouterr().out
+    assert "160.18" in printed
+    assert all(part in printed for part in SEGMENTER)
+
+
+def test_the_segmenter_s_parts_are_those_of_a_built_one():
+    result = info("tiny", "segmentation", (64, 96), num_classes=5)
+    segmenter = convmae.create_segmenter("tiny", image_size=(64, 96), num_classes=5)
+    sizes = {name: parameter.numel() for name, parameter in segmenter.named_parameters()}
+    found = dict.fromkeys(SEGMENTER.values(), 0)
+    for part, module in SEGMENTER.items():
+        found[module] += result.parameters[part]
+    assert found == {
+        module: sum(size for name, size in sizes.items() if name.startswith(f"{module}.")) for module in found
+    }
+    tables = [size for name, size in sizes.items() if "rel" in name or "positions" in name]
+    assert result.parameters["relative positions"] == sum(tables) > 0
+    assert result.parameters["total"] == sum(sizes.values())
+
+
+def test_a_segmenter_s_arithmetic_is_that_of_one_image():
+    """Of a real forward pass; the auxiliary head, which counts in training only, besides."""
+    segmenter = convmae.create_segmenter("tiny", image_size=(64, 96), num_classes=5).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        segmenter(torch.zeros(1, 3, 64, 96))
+    gmac = info("tiny", "segmentation", (64, 96), num_classes=5).gmac
+    assert gmac["total"] - gmac["auxiliary head"] == pytest.approx(counter.get_total_flops() / 2e9)
