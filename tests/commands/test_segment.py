@@ -252,6 +252,16 @@ def test_a_stopped_run_resumes_bit_for_bit(scenes, segmenter_file, tmp_path, mon
     assert torch.equal(resumed.quality.confusion, straight.quality.confusion)
 
 
+def test_a_run_that_is_over_tells_of_its_kept_segmenter(finished, scenes, segmenter_file, tmp_path):
+    """Which need not be the last one; here it is another one altogether."""
+    run = shutil.copytree(finished.folder, tmp_path / "run")
+    shutil.copy(segmenter_file, run / "best" / "model.safetensors")
+    resumed = small_run(scenes, run, segmenter_file, resume=True)
+    kept = evaluate(segmenter_file, scenes, engine=IN_PROCESS)
+    assert torch.equal(resumed.quality.confusion, kept.confusion)
+    assert not torch.equal(resumed.quality.confusion, finished.quality.confusion)
+
+
 def test_a_run_does_not_go_on_with_other_classes(finished, scenes, segmenter_file, tmp_path):
     renamed = tmp_path / "renamed.txt"
     renamed.write_text("\n".join(["plate", *CLASSES[1:]]))
@@ -588,11 +598,24 @@ def test_a_segmenter_of_grey_pictures_sees_coloured_ones(scenes, tmp_path):
     assert evaluate(grey, scenes, engine=IN_PROCESS).confusion.any()
 
 
+@pytest.mark.parametrize("output", [".", "found", "../photos/found"])
+def test_label_maps_are_not_written_among_the_pictures(segmenter_file, tmp_path, monkeypatch, output):
+    """The next time they would be taken for pictures."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "1.png")
+    monkeypatch.chdir(tmp_path / "photos")
+    for images in (".", str(tmp_path / "photos")):
+        with pytest.raises(convmae.UserError, match=r"lies among the pictures of .*: choose another --output"):
+            predict(images, segmenter_file, output, engine=ON_CPU)
+    assert len(list((tmp_path / "photos").iterdir())) == 1
+
+
 def test_two_pictures_of_one_name_are_refused(segmenter_file, tmp_path):
+    (tmp_path / "photos").mkdir()
     for name in ("1.png", "1.jpg"):
-        Image.new("RGB", (64, 64)).save(tmp_path / name)
+        Image.new("RGB", (64, 64)).save(tmp_path / "photos" / name)
     with pytest.raises(convmae.UserError, match=r"1\.jpg and .*1\.png would both be called 1\.png: rename one"):
-        predict(str(tmp_path), segmenter_file, tmp_path / "found", engine=ON_CPU)
+        predict(str(tmp_path / "photos"), segmenter_file, tmp_path / "found", engine=ON_CPU)
     assert not (tmp_path / "found").exists()
 
 

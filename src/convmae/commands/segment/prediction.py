@@ -61,7 +61,8 @@ def predict(
         inference: sliding window or whole pictures, several scales, mirrored.
         engine: device and precision.
 
-    Raises UserError for weights without a segmenter, for unreadable images, and for two of one name.
+    Raises UserError for weights without a segmenter, for unreadable images, for two of one name, and for an output
+    among them.
     """
     check_positive(batch_size=batch_size)
     if draw < 0:
@@ -69,6 +70,8 @@ def predict(
     output = Path(output)  # Python callers may pass a string
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: choose a folder for the label maps")
+    if Path(images).is_dir() and str(images) != "demo" and output.resolve().is_relative_to(Path(images).resolve()):
+        raise UserError(f"{output} lies among the pictures of {images}: choose another --output")
     pictures = open_pictures(images, split)
     names = _file_names(images, pictures)
     model = load_trained_segmenter(weights, engine)
