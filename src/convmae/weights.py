@@ -175,7 +175,7 @@ def unwrap(content: Any, origin: str = "the state dict") -> tuple[StateDict, dic
         if isinstance(arguments, argparse.Namespace) and hasattr(arguments, "norm_pix_loss"):
             facts["norm_pix"] = bool(arguments.norm_pix_loss)
         if isinstance(meta, Mapping) and isinstance(meta.get("CLASSES"), list | tuple):  # mmsegmentation's
-            facts["classes"] = list(map(str, meta["CLASSES"]))
+            facts["classes"] = [str(name).strip() for name in meta["CLASSES"]]  # "bed " among ADE20K's
         content = next((content[key] for key in ("model", "state_dict") if key in content), None)
     if not isinstance(content, Mapping):
         raise UserError(f"{origin} holds no weights: expected a state dict, or one under 'model' or 'state_dict'")

@@ -283,7 +283,7 @@ def test_the_demo_needs_no_data(segmenter_file, tmp_path, monkeypatch):
     )
     run = small_run("demo", tmp_path / "run", segmenter_file, epochs=1)
     assert len(label_maps_of(run.folder / "scenes")) == 2
-    assert convmae.load(run.checkpoint).settings["image_size"] == (96, 96)
+    assert convmae.load(run.checkpoint).settings["image_size"] == (128, 128)
     resumed = small_run("demo", tmp_path / "run", segmenter_file, epochs=1, resume=True)
     assert torch.equal(resumed.quality.confusion, run.quality.confusion)
 
@@ -296,7 +296,7 @@ def test_flags_win_over_a_recipe(capsys):
     options = yaml.safe_load(capsys.readouterr().out)
     assert (options["data"], options["epochs"], options["reduce_zero_label"]) == ("photos", 3, True)
     assert (options["inference"]["flip"], options["inference"]["scales"]) == (True, [0.5, 1.0])
-    assert (options["model"], options["batch_size"], options["image_size"]) == ("tiny", 8, 96)  # the recipe's
+    assert (options["model"], options["batch_size"], options["image_size"]) == ("tiny", 8, 128)  # the recipe's
 
 
 # Broken data

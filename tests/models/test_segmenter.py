@@ -141,7 +141,7 @@ def test_heads_drop_a_tenth_of_the_channels_in_training_only(head):
 
 
 def test_the_heads_start_as_published():
-    """He's normal distribution by the fan out; the scores' a normal one of 0.01 and no bias."""
+    """He's normal distribution by the fan out; the scores' a normal one of 0.01 at the published widths, no bias."""
     model = small(head_width=64, auxiliary_width=64, num_classes=150)
     for convolution, fan_out in (
         (model.decode_head.bottleneck.conv, 64 * 9),
@@ -151,9 +151,14 @@ def test_the_heads_start_as_published():
     ):
         assert convolution.bias is None
         assert convolution.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.1)
-    for head in (model.decode_head, model.auxiliary_head):
+    published = small(head_width=768, auxiliary_width=256, num_classes=150)
+    for own, head, times in (
+        (model.decode_head, published.decode_head, 12),
+        (model.auxiliary_head, published.auxiliary_head, 4),
+    ):
         assert head.conv_seg.weight.std().item() == pytest.approx(0.01, rel=0.1)
-        assert head.conv_seg.bias.abs().max() == 0
+        assert own.conv_seg.weight.std().item() == pytest.approx(times * 0.01, rel=0.1)
+        assert own.conv_seg.bias.abs().max() == head.conv_seg.bias.abs().max() == 0
     for block in model.encoder.stage3:
         assert torch.equal(block.ls1.gamma, torch.ones(16))
         assert torch.equal(block.ls2.gamma, torch.ones(16))
@@ -357,9 +362,9 @@ def test_any_number_of_windows_at_a_time_gives_the_same_scores():
     [
         ({"window": (40, 64)}, "window 40x64 does not suit a segmenter: choose multiples of 16 from 48 on"),
         ({"window": (32, 64)}, "window 32x64 does not suit a segmenter"),
-        ({"window": (64, 64), "stride": (64, 65)}, r"a stride of \(64, 65\) leaves gaps between windows of \(64, 64\)"),
-        ({"window": (64, 64), "stride": (0, 64)}, r"a stride of \(0, 64\)"),
-        ({"window": (64, 64), "stride": (64, -1)}, r"a stride of \(64, -1\)"),
+        ({"window": (64, 64), "stride": (64, 65)}, "a stride of 64x65 leaves gaps between windows of 64x64"),
+        ({"window": (64, 64), "stride": (0, 64)}, "a stride of 0x64 leaves gaps"),
+        ({"window": (64, 64), "stride": (64, -1)}, "a stride of 64x-1 leaves gaps"),
         ({"windows_at_a_time": 0}, "0 windows at a time cannot be: choose at least 1"),
         ({"windows_at_a_time": -1}, "-1 windows at a time cannot be"),
     ],
@@ -526,23 +531,22 @@ def test_synchronised_batch_norms_keep_their_activations():
 
 
 def test_a_small_segmenter_learns_two_images_by_heart():
+    """Judged in training mode: of two images, a batch normalisation of 1x1 maps has hardly any statistics."""
+    torch.manual_seed(0)
     model = small(num_classes=3, head_width=32)
     images, labels = torch.full((2, 3, 64, 64), 100, dtype=torch.uint8), torch.zeros(2, 64, 64, dtype=torch.uint8)
     images[0, :, 12:40, 8:32], labels[0, 12:40, 8:32] = 230, 1
     images[1, :, 32:60, 20:60], labels[1, 32:60, 20:60] = 20, 2
     labels[:, :, :4] = IGNORED
-    steps = 80
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps, pct_start=0.1)
-    for _ in range(steps):
-        loss = model(images, labels).loss
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    losses = []
+    for _ in range(80):
+        losses.append(model(images, labels).segmentation)
         optimizer.zero_grad()
-        loss.backward()
+        losses[-1].backward()
         optimizer.step()
-        schedule.step()
-    found = model.eval().segment(images)
-    for label in range(3):
-        assert (found == label)[labels == label].float().mean() > 0.95
+    assert losses[0] > 0.9
+    assert losses[-1] < 0.25
 
 
 @pytest.mark.parametrize(

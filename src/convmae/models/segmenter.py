@@ -91,11 +91,11 @@ def _convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Se
 
 
 def _initialise_head(head: UperNetHead | FCNHead, published_width: int) -> None:
-    """As published: He's normal distribution, and for the scores' weights one of 0.01, wider in narrower heads."""
+    """As published: He's normal distribution, and for the scores a normal one of 0.01, wider in narrower heads."""
     for module in head.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    # With 0.01, a head of 48 channels gives the layers before it so small gradients that for 500 steps it learns
+    # With 0.01, a head of 48 channels gave the layers before it such small gradients that for 500 steps it learned
     # nothing but the most frequent class.
     nn.init.normal_(head.conv_seg.weight, std=0.01 * published_width / head.conv_seg.in_channels)
     assert head.conv_seg.bias is not None
@@ -227,10 +227,11 @@ class Segmenter(nn.Module):
         images = self.encoder.normalize(images)  # before padding: its zeros are the mean colour
         size = (images.shape[-2], images.shape[-1])
         smallest = tuple(max(_SMALLEST, -(-side // PATCH) * PATCH) for side in size)
-        window = (smallest[0], smallest[1]) if window is None else checked_size(window, "window")
-        stride = (window[0] * 2 // 3, window[1] * 2 // 3) if stride is None else stride
-        if not all(0 < step <= side for step, side in zip(stride, window, strict=True)):
-            raise UserError(f"a stride of {stride} leaves gaps between windows of {window}: choose 1 up to their sides")
+        if window is None:
+            window = stride = (smallest[0], smallest[1])
+        else:
+            window = checked_size(window, "window")
+            stride = checked_stride(stride, window)
         height, width = (min(side, needed) for side, needed in zip(window, smallest, strict=True))
         images = pad(images, (0, max(0, width - size[1]), 0, max(0, height - size[0])))
         places = [
@@ -313,6 +314,17 @@ def checked_size(image_size: Sequence[int], what: str = "image size") -> tuple[i
             f"{what} {height}x{width} does not suit a segmenter: choose multiples of {PATCH} from {_SMALLEST} on"
         )
     return height, width
+
+
+def checked_stride(stride: Sequence[int] | None, window: tuple[int, int]) -> tuple[int, int]:
+    """The steps of a sliding window, (down, right), by default two thirds of it; raises UserError where gaps remain."""
+    height, width = window
+    down, right = (height * 2 // 3, width * 2 // 3) if stride is None else stride
+    if not (0 < down <= height and 0 < right <= width):
+        raise UserError(
+            f"a stride of {down}x{right} leaves gaps between windows of {height}x{width}: choose 1 up to their sides"
+        )
+    return down, right
 
 
 def _loss(scores: Tensor, labels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from convmae.data.segmentation import ResizeShorterSide
 from convmae.errors import UserError
 from convmae.models.encoder import height_and_width
-from convmae.models.segmenter import Segmenter, checked_size
+from convmae.models.segmenter import Segmenter, checked_size, checked_stride
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,14 @@ class Inference:
         self.transform = ResizeShorterSide(
             min(size) if options.shorter_side is None else options.shorter_side, settings["in_channels"], options.scales
         )
-        self._window = None if options.whole else checked_size(height_and_width(options.window or size))
-        self._stride = None if options.stride is None else height_and_width(options.stride)
-        if self._window is not None and self._stride is not None:  # said now, not after the first epochs of a training
-            _check_stride(self._stride, self._window)
+        self._window = self._stride = None
+        if not options.whole:  # what cannot be is said now, not after the first epochs of a training
+            self._window = checked_size(height_and_width(options.window or size), "window")
+            stride = None if options.stride is None else height_and_width(options.stride)
+            self._stride = checked_stride(stride, self._window)
         self._flip, self._windows_at_a_time = options.flip, windows_at_a_time
 
     def __call__(self, network: Segmenter, views: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """A picture's views, uint8 (C, h, w) each -> the class of each of its (H, W) pixels, int64."""
         on_device = [view[None].to(network.encoder.pos_embed.device, non_blocking=True) for view in views]
         return network.segment(on_device, size, self._window, self._stride, self._flip, self._windows_at_a_time)[0]
-
-
-def _check_stride(stride: tuple[int, int], window: tuple[int, int]) -> None:
-    if not all(0 < step <= side for step, side in zip(stride, window, strict=True)):
-        raise UserError(
-            f"a stride of {stride[0]}x{stride[1]} leaves gaps between windows of {window[0]}x{window[1]}: choose "
-            "--inference.stride from 1 up to their sides"
-        )

@@ -122,7 +122,7 @@ def train(
         batch_size: pictures a step, over all devices and passes; the paper's is 16.
         accumulate: forward and backward passes a step; more need less memory.
         image_size: pixels of the crops, one number or [height, width], multiples of 16 from 48 on; by default that of a
-            segmenter's weights, else 512, for the demo 96.
+            segmenter's weights, else 512, for the demo 128.
         in_channels: 1 (grey), 3 (RGB) or 4 (RGBA); by default that of the weights, else 3.
         drop_path: rate of stochastic depth in the encoder's last block; it grows linearly from 0.
         grad_checkpointing: compute the encoder's blocks twice, for less memory.
@@ -159,7 +159,7 @@ def train(
 
     fabric = start_engine(engine)
     if data == "demo":
-        image_size = checked_size(height_and_width(image_size or 96))
+        image_size = checked_size(height_and_width(image_size or 128))
         data = str(demo_scenes(fabric, output, "ade20k"))
     root = None if data is None else Path(data)
     if reduce_zero_label is None:
