@@ -259,7 +259,7 @@ def test_there_must_be_something_to_learn_and_to_judge_by(copied, paper_file, tm
 
 def test_the_demo_needs_no_data(paper_file, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "convmae.commands.supervised.write_scenes",
+        "convmae.commands.downstream.write_scenes",
         lambda folder, layout, image_size: write_scenes(folder, layout, 4, 4, image_size),
     )
     run = small_run("demo", tmp_path / "run", paper_file, epochs=1, image_size=64)

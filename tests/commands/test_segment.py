@@ -278,7 +278,7 @@ def test_a_run_is_never_overwritten(finished, scenes, segmenter_file):
 
 def test_the_demo_needs_no_data(segmenter_file, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "convmae.commands.supervised.write_scenes",
+        "convmae.commands.downstream.write_scenes",
         lambda folder, layout, image_size: write_scenes(folder, layout, 4, 2, image_size),
     )
     run = small_run("demo", tmp_path / "run", segmenter_file, epochs=1)

@@ -1,17 +1,15 @@
 """Training with labels and judging on other data as it goes: what all the commands that do so share."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-import torch.distributed
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from timm.scheduler.scheduler import Scheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from convmae.data.failures import DecodingFailures
-from convmae.data.scenes import write_scenes
 from convmae.training.checkpoint import CheckpointFolder
 from convmae.training.logging import RunLog, read_metrics
 from convmae.training.loop import Plan, Position, train
@@ -36,7 +34,6 @@ class Judgement(Protocol):
 
 
 J = TypeVar("J", bound=Judgement)
-T = TypeVar("T")
 
 
 class Trained(NamedTuple, Generic[J]):
@@ -103,31 +100,3 @@ def best_score_before(output: Path, best: Path, restored: dict[str, Any] | None,
         return -1.0
     before = [record for record in read_metrics(output) if record["step"] <= restored["step"]]
     return max((record[figure] for record in before if figure in record), default=-1.0)
-
-
-def share_buffers(fabric: Fabric, network: nn.Module) -> None:
-    """Give all processes the first one's buffers: where torch does not keep them together, each has its own statistics
-    of batch normalisation."""
-    if fabric.world_size > 1:
-        for buffer in network.buffers():
-            torch.distributed.broadcast(buffer, src=0)
-
-
-def gathered(fabric: Fabric, found: Sequence[T]) -> list[T]:
-    """What all processes found, of what one did."""
-    if fabric.world_size == 1:
-        return list(found)
-    parts: list[Any] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(parts, found)
-    return [one for part in parts for one in part]
-
-
-def demo_scenes(
-    fabric: Fabric, output: Path, layout: Literal["coco", "ade20k"], image_size: tuple[int, int] = (128, 128)
-) -> Path:
-    """The folder of generated scenes below a run's, written by one process."""
-    folder = output / "scenes"
-    if fabric.is_global_zero:
-        write_scenes(folder, layout, image_size=image_size)
-    fabric.barrier()
-    return folder

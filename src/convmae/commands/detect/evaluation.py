@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import track
 
 from convmae.commands.detect.judgement import DetectionQuality, Judge, print_quality
+from convmae.commands.downstream import gathered
 from convmae.commands.inference import checked_output, load_trained_detector, report_damaged
-from convmae.commands.supervised import gathered
 from convmae.data.detection import find_coco, open_coco
 from convmae.errors import UserError
 from convmae.training.checkpoint import replace_file

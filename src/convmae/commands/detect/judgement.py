@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from convmae.commands.supervised import gathered, share_buffers
+from convmae.commands.downstream import gathered, share_buffers
 from convmae.data.detection import CocoImages, ResizeAndPad, collate_resized
 from convmae.data.loading import build_evaluation_loader
 from convmae.errors import UserError

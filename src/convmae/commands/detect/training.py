@@ -1,8 +1,6 @@
 """`convmae detect train`: annotated pictures in, a Mask R-CNN out, from pretrained weights or from scratch."""
 
 import csv
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -13,27 +11,23 @@ from torch import Tensor, nn
 
 from convmae import weights as weights_files
 from convmae.commands.detect.judgement import DetectionQuality, Judge
-from convmae.commands.supervised import best_score_before, demo_scenes, train_and_judge
+from convmae.commands.downstream import DownstreamRun, Finished, demo_scenes
 from convmae.data.detection import CocoImages, LargeScaleJitter, ResizeAndPad, collate_targets, find_coco, open_coco
 from convmae.data.failures import DecodingFailures
 from convmae.data.images import UndecodableImageError
 from convmae.data.loading import build_training_loader
-from convmae.data.sampler import mixed_seed
 from convmae.errors import UserError
 from convmae.models.detector import DetectionLosses, Detector, checked_size
 from convmae.models.encoder import height_and_width
 from convmae.models.registry import create_detector, fill, load_detector
-from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state, replace_file
+from convmae.training.checkpoint import CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions, loader_workers, start_engine
-from convmae.training.logging import LoggingOptions, RunLog, read_metrics
-from convmae.training.loop import Plan, Position, describe_run
-from convmae.training.optimizer import DetectionOptimizerOptions, build_optimizer, build_schedule
+from convmae.training.logging import LoggingOptions, read_metrics
+from convmae.training.optimizer import DetectionOptimizerOptions
 from convmae.training.run import (
     check_choice,
-    check_positive,
     checkpoint_to_resume,
     divide_batch,
-    keep_config,
     plain_settings,
 )
 from convmae.visualize import DrawnPicture, detection_picture, loss_curve
@@ -139,19 +133,11 @@ def train(
     output = Path(output)  # Python callers may pass a string
     if form is not None:
         check_choice("form", form, ("paper", "vitdet"))
-    check_positive(
-        epochs=epochs,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        max_skipped=max_skipped,
-        evaluate_every_epochs=evaluate_every_epochs,
-        logging_every_steps=logging.every_steps,
-        checkpoint_every_epochs=checkpoint.every_epochs,
-    )
-    if not 0 <= drop_path < 1:
-        raise UserError("drop_path is a rate: choose it from 0 to less than 1")
-    checkpoints = CheckpointFolder(output / "checkpoints", checkpoint.keep)
-    newest = checkpoint_to_resume(output, checkpoints, resume)
+    run = DownstreamRun(
+        output, settings, epochs, batch_size, accumulate, evaluate_every_epochs, drop_path, seed, max_skipped,
+        optimizer, checkpoint, logging,
+    )  # fmt: skip
+    newest = checkpoint_to_resume(output, run.checkpoints, resume)
 
     fabric = start_engine(engine)
     if data == "demo":
@@ -210,70 +196,31 @@ def train(
         rank=fabric.global_rank,
     )
     judge = Judge(fabric, validation, size, channels, failures.record, pictures_of_a_pass, workers, skip_damaged)
-    steps_per_epoch = len(loader) // accumulate
-    if steps_per_epoch < 1:
-        raise UserError(f"{training.name} has too few images for {accumulate} passes: lower --accumulate")
-    if fabric.world_size > 1 and fabric.device.type == "cuda":  # elsewhere torch's would not run
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    adamw = build_optimizer(network, optimizer, batch_size)
-    schedule = build_schedule(adamw, optimizer, epochs, steps_per_epoch)
-    wrapped, wrapped_optimizer = fabric.setup(DetectorTraining(network), adamw)
-    torch.manual_seed(mixed_seed(seed, fabric.global_rank))  # sampled boxes differ between processes
-
-    fabric.barrier()  # all have looked at the run's folder before one writes to it
-    log = RunLog(output, logging, active=fabric.is_global_zero)
-    if fabric.is_global_zero:
-        keep_config(output, settings, restored["step"] if restored else 0)
-        failures.list_once(training.left_out + validation.left_out)
-    best = output / "best" / weights_files.MODEL_FILE
-
-    def batches(epoch: int, first: int) -> Iterator[AnnotatedBatch]:
-        loader.set_position(epoch, first)
-        for batch in loader:
-            failures.record(len(batch["images"]), batch["failed"])
-            yield AnnotatedBatch(*fabric.to_device((batch["images"], batch["targets"])))
-
-    def save(path: Path) -> None:
-        weights_files.save(path, network.state_dict(), network.settings)
-
-    plan = Plan(
-        epochs=epochs,
-        steps_per_epoch=steps_per_epoch,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        clip_grad=optimizer.clip_grad,
-        log_every_steps=logging.every_steps,
-        checkpoint_every_epochs=checkpoint.every_epochs,
-        max_skipped=max_skipped,
-    )
-    log.say(
+    finished = run.train(
+        fabric,
+        network,
+        DetectorTraining(network),
+        loader,
+        lambda batch: AnnotatedBatch(*fabric.to_device((batch["images"], batch["targets"]))),
+        judge,
+        "box_AP",
+        restored,
+        failures,
+        training.left_out + validation.left_out,
         f"{f'weights {weights}' if weights else f'convmae {model} from scratch'}, {network.settings['form']} form, "
         f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {training.name}: "
-        f"{training.num_objects} objects of {len(training.classes)} classes in {len(training)} images, "
-        f"{describe_run(plan, fabric, restored)}"
+        f"{training.num_objects} objects of {len(training.classes)} classes in {len(training)} images",
+        [
+            f"{source.name}: left out {len(source.left_out)} missing or broken, listed in {failures.path}, and "
+            f"{source.zero_size} objects without width or height"
+            for source in (training, validation)
+            if source.left_out or source.zero_size
+        ],
     )
-    for source in (training, validation):
-        if source.left_out or source.zero_size:
-            log.say(
-                f"{source.name}: left out {len(source.left_out)} missing or broken, listed in {failures.path}, and "
-                f"{source.zero_size} objects without width or height"
-            )
-    began = time.monotonic()
-    try:
-        trained = train_and_judge(
-            fabric, wrapped, wrapped_optimizer, schedule, batches, plan, checkpoints,
-            lambda folder: save(folder / weights_files.MODEL_FILE), log, restored, lambda: judge(network), failures,
-            lambda: replace_file(best, save), best_score_before(output, best, restored, "box_AP"),
-            evaluate_every_epochs,
-        )  # fmt: skip
-        fill(network, weights_files.read(best)[0])
-        quality = trained.best if trained.best is not None else judge(network)
-    finally:
-        log.finish()
     picture = output / "detections.png"
     if fabric.is_global_zero:
         draw_examples(picture, network, validation)
-    return _finish(log, output, best.parent, quality, validation, trained.position, picture, time.monotonic() - began)
+    return _finish(finished, output, validation, picture)
 
 
 class AnnotatedBatch:
@@ -339,16 +286,10 @@ def draw_examples(path: Path, network: Detector, validation: CocoImages) -> None
 
 
 def _finish(
-    log: RunLog,
-    output: Path,
-    best: Path,
-    quality: DetectionQuality,
-    validation: CocoImages,
-    position: Position,
-    picture: Path,
-    seconds: float,
+    finished: Finished[DetectionQuality], output: Path, validation: CocoImages, picture: Path
 ) -> DetectorTrainingResult:
     """Draw the curve, write the AP of each class, print the summary, and say where everything is."""
+    log, best, quality, position, seconds = finished
     curve, table = output / "loss.png", output / "per-class.csv"
     if log.active:
         loss_curve(curve, read_metrics(output), {"box_AP": "AP, boxes", "mask_AP": "AP, masks"}, "validation AP (%)")

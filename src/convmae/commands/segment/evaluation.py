@@ -6,10 +6,10 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import track
 
+from convmae.commands.downstream import gathered
 from convmae.commands.inference import checked_output, load_trained_segmenter, report_damaged
 from convmae.commands.segment.inference import Inference, InferenceOptions
 from convmae.commands.segment.judgement import Judge, print_quality, write_quality
-from convmae.commands.supervised import gathered
 from convmae.data.segmentation import find_ade20k, names_classes, open_segmentation, read_classes
 from convmae.errors import UserError
 from convmae.evaluation.segmentation import SegmentationQuality

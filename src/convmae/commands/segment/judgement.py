@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from convmae.commands.downstream import share_buffers
 from convmae.commands.segment.inference import Inference
-from convmae.commands.supervised import share_buffers
 from convmae.data.loading import build_evaluation_loader
 from convmae.data.segmentation import SegmentationImages, collate_views
 from convmae.errors import UserError

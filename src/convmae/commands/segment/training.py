@@ -1,7 +1,5 @@
 """`convmae segment train`: pictures with label maps in, an UperNet out, from pretrained weights or from scratch."""
 
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from convmae import weights as weights_files
+from convmae.commands.downstream import DownstreamRun, Finished, demo_scenes
 from convmae.commands.segment.inference import Inference, InferenceOptions
 from convmae.commands.segment.judgement import Judge, write_quality
-from convmae.commands.supervised import best_score_before, demo_scenes, train_and_judge
 from convmae.data.failures import DecodingFailures
 from convmae.data.images import UndecodableImageError, decode_image
 from convmae.data.loading import build_training_loader
-from convmae.data.sampler import mixed_seed
 from convmae.data.segmentation import (
     RandomScaleCrop,
     SegmentationImages,
@@ -32,12 +29,11 @@ from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.models.encoder import height_and_width
 from convmae.models.registry import create_segmenter, fill, load_segmenter
 from convmae.models.segmenter import SegmentationLosses, Segmenter, checked_size
-from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state, replace_file
+from convmae.training.checkpoint import CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions, loader_workers, start_engine
-from convmae.training.logging import LoggingOptions, RunLog, read_metrics
-from convmae.training.loop import Plan, Position, describe_run
-from convmae.training.optimizer import SegmentationOptimizerOptions, build_optimizer, build_schedule
-from convmae.training.run import check_positive, checkpoint_to_resume, divide_batch, keep_config, plain_settings
+from convmae.training.logging import LoggingOptions, read_metrics
+from convmae.training.optimizer import SegmentationOptimizerOptions
+from convmae.training.run import checkpoint_to_resume, divide_batch, plain_settings
 from convmae.visualize import SegmentedPicture, confusion_picture, loss_curve, segmentation_picture
 
 _EXAMPLES = 6  # validation pictures in the run's picture
@@ -143,19 +139,11 @@ def train(
     """
     settings = plain_settings(dict(locals()))
     output = Path(output)  # Python callers may pass a string
-    check_positive(
-        epochs=epochs,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        max_skipped=max_skipped,
-        evaluate_every_epochs=evaluate_every_epochs,
-        logging_every_steps=logging.every_steps,
-        checkpoint_every_epochs=checkpoint.every_epochs,
-    )
-    if not 0 <= drop_path < 1:
-        raise UserError("drop_path is a rate: choose it from 0 to less than 1")
-    checkpoints = CheckpointFolder(output / "checkpoints", checkpoint.keep)
-    newest = checkpoint_to_resume(output, checkpoints, resume)
+    run = DownstreamRun(
+        output, settings, epochs, batch_size, accumulate, evaluate_every_epochs, drop_path, seed, max_skipped,
+        optimizer, checkpoint, logging,
+    )  # fmt: skip
+    newest = checkpoint_to_resume(output, run.checkpoints, resume)
 
     fabric = start_engine(engine)
     if data == "demo":
@@ -225,66 +213,30 @@ def train(
     )
     infer = Inference(inference, network.settings, pictures_of_a_pass)
     judge = Judge(fabric, validation, infer, failures.record, workers, skip_damaged)
-    steps_per_epoch = len(loader) // accumulate
-    if steps_per_epoch < 1:
-        raise UserError(f"{training.name} has too few images for {accumulate} passes: lower --accumulate")
-    if synchronised:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    adamw = build_optimizer(network, optimizer, batch_size)
-    schedule = build_schedule(adamw, optimizer, epochs, steps_per_epoch)
-    wrapped, wrapped_optimizer = fabric.setup(SegmenterTraining(network), adamw)
-    torch.manual_seed(mixed_seed(seed, fabric.global_rank))  # dropout differs between processes
-
-    fabric.barrier()  # all have looked at the run's folder before one writes to it
-    log = RunLog(output, logging, active=fabric.is_global_zero)
-    if fabric.is_global_zero:
-        keep_config(output, settings, restored["step"] if restored else 0)
-        failures.list_once(training.left_out + validation.left_out)
-    best = output / "best" / weights_files.MODEL_FILE
-
-    def batches(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        loader.set_position(epoch, first)
-        for batch in loader:
-            failures.record(len(batch["images"]), batch["failed"])
-            yield fabric.to_device((batch["images"], batch["labels"]))
-
-    def save(path: Path) -> None:
-        weights_files.save(path, network.state_dict(), network.settings)
-
-    plan = Plan(
-        epochs=epochs,
-        steps_per_epoch=steps_per_epoch,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        clip_grad=optimizer.clip_grad,
-        log_every_steps=logging.every_steps,
-        checkpoint_every_epochs=checkpoint.every_epochs,
-        max_skipped=max_skipped,
-    )
-    log.say(
+    finished = run.train(
+        fabric,
+        network,
+        SegmenterTraining(network),
+        loader,
+        lambda batch: fabric.to_device((batch["images"], batch["labels"])),
+        judge,
+        "mIoU",
+        restored,
+        failures,
+        training.left_out + validation.left_out,
         f"{f'weights {weights}' if weights else f'convmae {model} from scratch'}, "
         f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {training.name}: "
-        f"{len(names)} classes in {len(training)} images, {describe_run(plan, fabric, restored)}"
+        f"{len(names)} classes in {len(training)} images",
+        [
+            f"{source.name}: left out {len(source.left_out)} without a partner, listed in {failures.path}"
+            for source in (training, validation)
+            if source.left_out
+        ],
     )
-    for source in (training, validation):
-        if source.left_out:
-            log.say(f"{source.name}: left out {len(source.left_out)} without a partner, listed in {failures.path}")
-    began = time.monotonic()
-    try:
-        trained = train_and_judge(
-            fabric, wrapped, wrapped_optimizer, schedule, batches, plan, checkpoints,
-            lambda folder: save(folder / weights_files.MODEL_FILE), log, restored, lambda: judge(network), failures,
-            lambda: replace_file(best, save), best_score_before(output, best, restored, "mIoU"),
-            evaluate_every_epochs,
-        )  # fmt: skip
-        fill(network, weights_files.read(best)[0])
-        quality = trained.best if trained.best is not None else judge(network)
-    finally:
-        log.finish()
     picture = output / "segmentation.png"
     if fabric.is_global_zero:
         draw_examples(picture, network, validation, infer)
-    return _finish(log, output, best.parent, quality, names, trained.position, picture, time.monotonic() - began)
+    return _finish(finished, output, names, picture)
 
 
 class SegmenterTraining(nn.Module):
@@ -329,16 +281,10 @@ def draw_examples(path: Path, network: Segmenter, validation: SegmentationImages
 
 
 def _finish(
-    log: RunLog,
-    output: Path,
-    best: Path,
-    quality: SegmentationQuality,
-    classes: list[str],
-    position: Position,
-    picture: Path,
-    seconds: float,
+    finished: Finished[SegmentationQuality], output: Path, classes: list[str], picture: Path
 ) -> SegmenterTrainingResult:
     """Draw curve and confusions, write the figures of each class and the summary, and say where everything is."""
+    log, best, quality, position, seconds = finished
     curve, table, confusion = output / "loss.png", output / "per-class.csv", output / "confusion.png"
     if log.active:
         names = {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "aAcc"}
