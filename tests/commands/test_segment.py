@@ -447,6 +447,13 @@ def test_a_segmenter_is_not_judged_by_other_classes(segmenter_file, reduced_file
         evaluate(reduced_file, copied, engine=IN_PROCESS)
 
 
+def test_weights_with_other_synonyms_of_ade20ks_classes_are_judged(as_ade20k, reduced_file):
+    """As the published ones, whose television is a "television receiver"."""
+    rows = [f"{number}\tshape, {name}" for number, name in enumerate(SHAPES, 1)]
+    (as_ade20k / "objectInfo150.txt").write_text("\n".join(["Idx\tName", *rows]) + "\n")
+    assert evaluate(reduced_file, as_ade20k, engine=IN_PROCESS).confusion.any()
+
+
 # How pictures are put through the segmenter
 
 

@@ -28,6 +28,7 @@ from convmae.data.segmentation import (
     LabelMap,
     RandomScaleCrop,
     ResizeShorterSide,
+    calls_classes,
     collate_labels,
     collate_views,
     find_ade20k,
@@ -205,6 +206,20 @@ def test_ade20ks_table_gives_first_synonyms_unless_two_classes_share_one(tmp_pat
         *("wall", "door", "bed", "windowpane", "screen door", "blind", "screen", "crt screen"),
         *("bank", "bank, shore", "bank, savings"),
     ]
+
+
+def test_any_synonym_in_ade20ks_table_is_a_class_s_name(tmp_path):
+    # Row 90 there; mmsegmentation's list of classes has its second synonym.
+    names = ["wall", "bed ", "television, television receiver, television set, tv"]
+    rows = [f"{number} \t{name}" for number, name in enumerate(names, 1)]
+    (tmp_path / "objectInfo150.txt").write_text("\n".join(["Idx\tName", *rows]) + "\n")
+    assert calls_classes(tmp_path, ["wall", "bed", "television receiver"])
+    assert calls_classes(tmp_path, read_classes(tmp_path, None))
+    assert not calls_classes(tmp_path, ["bed", "wall", "television receiver"])
+    assert not calls_classes(tmp_path, ["wall", "bed"])
+    (tmp_path / "classes.txt").write_text("wall\nred, green\n")
+    assert calls_classes(tmp_path, ["wall", "red, green"])
+    assert not calls_classes(tmp_path, ["wall", "green"])
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,21 @@ def names_classes(data: Path | None) -> bool:
     return _usual_classes(data) is not None
 
 
+def calls_classes(data: Path, names: Sequence[str]) -> bool:
+    """Whether a folder that names its classes calls them so; in ADE20K's own table each synonym of a class will do.
+
+    Published weights have the second of "television, television receiver, ...". Raises UserError as read_classes does.
+    """
+    own, path = read_classes(data, None), _usual_classes(data)
+    assert path is not None
+    synonyms = [{name} for name in own]
+    if path.name == _ADE20K_TABLE:
+        rows = path.read_text(encoding="utf-8-sig").rstrip().splitlines()[1:]
+        columns = [row.rpartition("\t")[-1] for row in rows]
+        synonyms = [{name, *map(str.strip, row.split(","))} for name, row in zip(own, columns, strict=True)]
+    return len(names) == len(own) and all(name in known for name, known in zip(names, synonyms, strict=True))
+
+
 def _usual_classes(data: Path | None) -> Path | None:
     usual = [] if data is None else [Path(data, "classes.txt"), Path(data, _ADE20K_TABLE)]
     return next((path for path in usual if path.is_file()), None)

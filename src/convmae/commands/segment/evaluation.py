@@ -10,7 +10,7 @@ from convmae.commands.downstream import gathered
 from convmae.commands.inference import checked_output, load_trained_segmenter, report_damaged
 from convmae.commands.segment.inference import Inference, InferenceOptions
 from convmae.commands.segment.judgement import Judge, print_quality, write_quality
-from convmae.data.segmentation import find_ade20k, names_classes, open_segmentation, read_classes
+from convmae.data.segmentation import calls_classes, find_ade20k, names_classes, open_segmentation, read_classes
 from convmae.errors import UserError
 from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.models.segmenter import Segmenter
@@ -101,8 +101,9 @@ def _check_classes(data: Path, network: Segmenter) -> None:
 
     Figures by others would mean nothing.
     """
-    named = read_classes(data, None)
-    if len(named) != network.num_classes or network.settings["classes"] not in (None, named):
+    names = network.settings["classes"]
+    same = len(read_classes(data, None)) == network.num_classes if names is None else calls_classes(data, names)
+    if not same:
         raise UserError(
             f"{data} names other classes than the segmenter's: give --images and --annotations instead of --data if "
             "its labels are the same after all"
