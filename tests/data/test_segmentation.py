@@ -187,6 +187,9 @@ def test_classes_come_from_the_file_or_the_folder(tmp_path):
     assert not is_ade20k(None)
     (tmp_path / "objectInfo150.txt").write_text("Idx\tName\n1\twall\n2\tsky, heaven\n")
     assert is_ade20k(tmp_path)
+    assert is_ade20k(None, tmp_path / "objectInfo150.txt")
+    assert is_ade20k(tmp_path / "elsewhere", str(tmp_path / "objectInfo150.txt"))
+    assert not is_ade20k(None, tmp_path / "classes.txt")
     assert read_classes(tmp_path, None) == ["wall", "sky"]
     (tmp_path / "classes.txt").write_text("sea \r\n traffic light, red\r\n\r\n\n", encoding="utf-8-sig")
     assert read_classes(tmp_path, None) == ["sea", "traffic light, red"]

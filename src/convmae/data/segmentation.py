@@ -144,9 +144,10 @@ def find_ade20k(
     )
 
 
-def is_ade20k(data: Path | None) -> bool:
-    """Whether a folder is ADE20K itself, whose label 0 is no class."""
-    return data is not None and Path(data, _ADE20K_TABLE).is_file()
+def is_ade20k(data: Path | None, classes: Path | None = None) -> bool:
+    """Whether a folder is ADE20K itself, or a file of classes is its table, so that label 0 is no class."""
+    in_folder = data is not None and Path(data, _ADE20K_TABLE).is_file()
+    return in_folder or (classes is not None and Path(classes).name == _ADE20K_TABLE)
 
 
 def read_classes(data: Path | None, file: Path | None) -> list[str]:

@@ -109,7 +109,7 @@ def train(
         classes: a text file with a class name in each line, in the order of the labels; by default classes.txt or
             ADE20K's objectInfo150.txt in data.
         reduce_zero_label: whether label 0 is no class and label 1 the first; by default so for ADE20K, which has
-            objectInfo150.txt, and not for others.
+            objectInfo150.txt (in data, or given as classes), and not for others.
         train_images: another folder of training pictures than that of data.
         train_annotations: the folder of their label maps, 8-bit PNG files of the same names.
         val_images: the same for the pictures that decide which model is the best.
@@ -151,7 +151,7 @@ def train(
         data = str(demo_scenes(fabric, output, "ade20k"))
     root = None if data is None else Path(data)
     if reduce_zero_label is None:
-        reduce_zero_label = is_ade20k(root)
+        reduce_zero_label = is_ade20k(root, classes)
     names = read_classes(root, classes)
     training = open_segmentation(
         *find_ade20k(root, "train", train_images, train_annotations, ("--train-images", "--train-annotations")),
