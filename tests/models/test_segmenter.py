@@ -574,4 +574,5 @@ def test_images_of_a_size_that_does_not_divide_are_refused():
 
 def test_classes_have_names_or_labels():
     assert small(num_classes=3).classes == ["0", "1", "2"]
+    assert small(num_classes=2, reduce_zero_label=True).classes == ["1", "2"]
     assert small(num_classes=2, classes=("sky", "sea")).classes == ["sky", "sea"]

@@ -176,8 +176,9 @@ class Segmenter(nn.Module):
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, or their labels where nobody gave names."""
-        return self.settings["classes"] or [str(label) for label in range(self.num_classes)]
+        """Names of the classes, or their labels in the data's files where nobody gave names."""
+        first = int(self.settings["reduce_zero_label"])
+        return self.settings["classes"] or [str(first + number) for number in range(self.num_classes)]
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Any:
         """The losses in training mode, the scores of each pixel in evaluation mode.
