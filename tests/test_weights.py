@@ -168,7 +168,7 @@ def test_a_published_segmenter_loads(tmp_path, load, auxiliary):
         "auxiliary_width": 6 if auxiliary else 256,
         "auxiliary_weight": 0.4,
         "classes": model.classes,
-        "reduce_zero_label": True,
+        "reduce_zero_label": False,  # as 5 are not ADE20K's classes
     }
     block, theirs = model.encoder.stage3[2], "backbone.blocks3.2."
     assert torch.equal(block.ls1.gamma, state[f"{theirs}gamma_1"])
@@ -203,12 +203,31 @@ def test_a_published_segmenter_without_names_of_its_classes():
         assert convmae.load(content, num_heads=2).settings["classes"] is None
 
 
+@pytest.mark.parametrize(("classes", "reduced"), [(150, True), (149, False), (151, False)])
+def test_only_ade20ks_segmenters_are_taken_not_to_know_label_0(classes, reduced):
+    """Nothing in mmsegmentation's files tells; a shift of all labels by one would go unnoticed in other data."""
+    state = published_segmenter()
+    for name in ("decode_head.conv_seg", "auxiliary_head.conv_seg"):
+        state[f"{name}.weight"] = torch.rand(classes, *state[f"{name}.weight"].shape[1:])
+        state[f"{name}.bias"] = torch.rand(classes)
+    assert convmae.load(state, num_heads=2).settings["reduce_zero_label"] is reduced
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_a_segmenter_in_published_form_keeps_its_classes(tmp_path, reduced):
+    settings = {"classes": ["sky", "sea"], "num_classes": 2, "reduce_zero_label": reduced}
+    model = convmae.create_segmenter("tiny", image_size=(64, 64), **settings)
+    weights.save_published(tmp_path / "s.pth", model.state_dict(), model.settings)
+    assert torch.load(tmp_path / "s.pth", weights_only=True)["meta"]["CLASSES"] == ["sky", "sea"]
+    assert convmae.load(tmp_path / "s.pth").settings == model.settings
+
+
 def test_a_segmenter_is_written_as_mmsegmentation_reads_it(tmp_path):
     """mmcv's load_checkpoint looks under "state_dict", and takes what it does not know for no error."""
     model = convmae.create_segmenter("tiny", image_size=(64, 64), num_classes=3, head_width=16)
     weights.save_published(tmp_path / "s.pth", model.state_dict())
     content = torch.load(tmp_path / "s.pth", weights_only=True)
-    assert list(content) == ["state_dict"]
+    assert content.keys() == {"meta", "state_dict"}
     parts = {name.split(".")[0] for name in content["state_dict"]}
     assert parts == {"backbone", "decode_head", "auxiliary_head"}
     back = convmae.load(tmp_path / "s.pth").state_dict()

@@ -176,6 +176,8 @@ def unwrap(content: Any, origin: str = "the state dict") -> tuple[StateDict, dic
             facts["norm_pix"] = bool(arguments.norm_pix_loss)
         if isinstance(meta, Mapping) and isinstance(meta.get("CLASSES"), list | tuple):  # mmsegmentation's
             facts["classes"] = [str(name).strip() for name in meta["CLASSES"]]  # "bed " among ADE20K's
+        if isinstance(meta, Mapping) and isinstance(meta.get("reduce_zero_label"), bool):  # ours in that form
+            facts["reduce_zero_label"] = meta["reduce_zero_label"]
         content = next((content[key] for key in ("model", "state_dict") if key in content), None)
     if not isinstance(content, Mapping):
         raise UserError(f"{origin} holds no weights: expected a state dict, or one under 'model' or 'state_dict'")
@@ -212,11 +214,19 @@ def save(path: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any
     save_file(tensors, path, metadata={"format": "pt", _CONFIG_KEY: json.dumps(dict(config))})
 
 
-def save_published(path: str | Path, state: Mapping[str, Tensor]) -> None:
-    """Write a torch file under the published names, as the authors' code reads it, or mmsegmentation a segmenter's."""
+def save_published(path: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> None:
+    """Write a torch file under the published names, as the authors' code reads it, or mmsegmentation a segmenter's.
+
+    config: settings of the model, of which a segmenter's file keeps the classes and whether label 0 is none.
+    """
+    published = to_published({name: value.detach().cpu() for name, value in state.items()})
+    if not is_segmenter(state):
+        torch.save({"model": published}, path)
+        return
+    named = {"classes": "CLASSES", "reduce_zero_label": "reduce_zero_label"}
+    known = {named[name]: value for name, value in (config or {}).items() if name in named and value is not None}
     # mmsegmentation knows no "model": it would load nothing, and not fail.
-    wrapping = "state_dict" if is_segmenter(state) else "model"
-    torch.save({wrapping: to_published({name: value.detach().cpu() for name, value in state.items()})}, path)
+    torch.save({"meta": known, "state_dict": published}, path)
 
 
 def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, Any]]:

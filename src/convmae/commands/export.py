@@ -157,7 +157,7 @@ def _write_reference(path: Path, model: torch.nn.Module) -> None:
         raise UserError(
             f"the authors' code takes square images, the weights are for {height}x{width}: set --image_size"
         )
-    weights_files.save_published(path, model.state_dict())
+    weights_files.save_published(path, model.state_dict(), model.settings)  # type: ignore[arg-type]
 
 
 def _example(model: Classifier) -> torch.Tensor:

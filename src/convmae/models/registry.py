@@ -42,6 +42,7 @@ _TINY_DETECTOR = {
     "rois": 32,
 }
 _TINY_SEGMENTER = {"head_width": 48, "auxiliary_width": 32}
+_ADE20K_CLASSES = 150  # besides label 0, which is none of them
 _OF_THE_ENCODER = ("in_channels", "widths", "depths", "num_heads", "mlp_ratio", "kernel_size")
 
 
@@ -216,7 +217,7 @@ def _segmenter(
         of_tiny = _TINY_SEGMENTER if tuple(known["widths"]) == ENCODERS["tiny"]["widths"] else {}
         known = {**of_tiny, **{name: known[name] for name in _OF_THE_ENCODER}}
     else:
-        known.setdefault("reduce_zero_label", True)  # the published one is for ADE20K
+        known.setdefault("reduce_zero_label", known["num_classes"] == _ADE20K_CLASSES)  # as the published one's
         if settings.get("num_classes", known["num_classes"]) != known["num_classes"]:
             known["classes"] = None
     model = Segmenter(**{**known, **settings})
