@@ -655,7 +655,7 @@ def test_damaged_pictures_stop_or_are_left_out(segmenter_file, copied, tmp_path,
         ({"classes": "nowhere.txt"}, "nowhere.txt cannot be read, check --classes"),
         ({"train_images": "nowhere"}, "nowhere does not exist: check --train-images"),
         ({"val_annotations": "nowhere"}, "nowhere does not exist: check --val-annotations"),
-        ({"data": None}, "nothing names the classes"),
+        ({"data": None}, "there is no images/training without ADE20K's folder: give it as --data"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(scenes, segmenter_file, tmp_path, changes, message):
@@ -675,7 +675,7 @@ def test_data_must_name_its_classes(copied, segmenter_file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--data", "nowhere"], "there is no classes.txt in nowhere"),
+        (["train", "--data", "nowhere"], "nowhere/images/training does not exist: give ADE20K's folder as --data"),
         (["train", "--data", "nowhere", "--no-such-flag", "3"], "--no_such_flag"),
         (["train", "--data", "{scenes}", "--model", "giant"], "unknown model 'giant'"),
         (["train", "--data", "{scenes}", "--model", "tiny", "--batch-size", "1"], "batch normalisation needs two"),

@@ -83,12 +83,14 @@ def info(
     check_choice("task", task, ("pretraining", "detection", "segmentation"))
     if task == "detection":
         size = height_and_width(image_size or 1024)
-        found = _inspect_detector(model, size, in_channels, kernel_size, form, num_classes or 80)
+        found = _inspect_detector(
+            model, size, in_channels, kernel_size, form, 80 if num_classes is None else num_classes
+        )
         _print_downstream(found, f"convmae {model}, Mask R-CNN, {form} form, {size[0]}x{size[1]}, one image")
         return found
     if task == "segmentation":
         size = height_and_width(image_size or 512)
-        found = _inspect_segmenter(model, size, in_channels, kernel_size, num_classes or 150)
+        found = _inspect_segmenter(model, size, in_channels, kernel_size, 150 if num_classes is None else num_classes)
         _print_downstream(found, f"convmae {model}, UperNet, {size[0]}x{size[1]}, one image")
         return found
     size = height_and_width(image_size or 224)

@@ -82,8 +82,9 @@ class LabelMap(NamedTuple):
         """The numbers in the file, uint8 (H, W); of a palette its indices."""
         try:
             with undecodable_if_damaged(), Image.open(self.path, formats=["PNG"]) as image:
-                storage = image.tile[0][3]  # Pillow's mode hides that it spreads grey of 2 and 4 bits over 8
+                stored = image.tile  # which reading forgets
                 mode, numbers = image.mode, numpy.asarray(image)
+                storage = stored[0][3]  # Pillow's mode hides that it spreads grey of 2 and 4 bits over 8
         except UndecodableImageError as error:
             raise self._unfit(f"is no PNG that can be read: {error}") from error
         if mode == "P" or storage in ("1", "L"):

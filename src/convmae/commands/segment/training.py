@@ -46,7 +46,7 @@ class VariationOptions:
     scale: tuple[float, float] = (0.5, 2.0)
     """Smallest and largest size of a picture, 1 being that at which its shorter side is image_size's."""
     largest_share: float = 0.75
-    """A crop is drawn anew, up to ten times, while one class has this share of its labelled pixels or more."""
+    """A crop is drawn up to ten times, until no class has this share of its labelled pixels or more."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     distortion: float = 0.5
@@ -150,17 +150,15 @@ def train(
         image_size = checked_size(height_and_width(image_size or 128))
         data = str(demo_scenes(fabric, output, "ade20k"))
     root = None if data is None else Path(data)
+    training_folders = find_ade20k(
+        root, "train", train_images, train_annotations, ("--train-images", "--train-annotations")
+    )
+    validation_folders = find_ade20k(root, "val", val_images, val_annotations, ("--val-images", "--val-annotations"))
     if reduce_zero_label is None:
         reduce_zero_label = is_ade20k(root, classes)
     names = read_classes(root, classes)
-    training = open_segmentation(
-        *find_ade20k(root, "train", train_images, train_annotations, ("--train-images", "--train-annotations")),
-        names, reduce_zero_label, skip_damaged,
-    )  # fmt: skip
-    validation = open_segmentation(
-        *find_ade20k(root, "val", val_images, val_annotations, ("--val-images", "--val-annotations")),
-        names, reduce_zero_label, skip_damaged,
-    )  # fmt: skip
+    training = open_segmentation(*training_folders, names, reduce_zero_label, skip_damaged)
+    validation = open_segmentation(*validation_folders, names, reduce_zero_label, skip_damaged)
 
     torch.manual_seed(seed)
     stated = {
