@@ -43,7 +43,7 @@ def test_ctrl_c_ends_without_a_traceback(capsys, monkeypatch):
         (["pretrain", "--config", "no-such-recipe", "--data", "demo"], "base_1600ep"),
         (["reconstruct", "--checkpoint", "nothing.safetensors"], "no weights at nothing.safetensors"),
         (["info", "--task", "segmentation", "--image-size", "40"], "40x40 does not suit a segmenter"),
-        (["segment", "train", "--data", "no/such/folder"], "there is no classes.txt in no/such/folder"),
+        (["segment", "train", "--data", "no/such/folder"], "no/such/folder/images/training does not exist"),
         (["dance"], "invalid choice: 'dance'"),
         (["pretrain", "--data", "demo", "--image-size", "32,48"], "--image-size cannot be '32,48'"),
         (["pretrain", "--data", "demo", "--engine.accelerator", "abacus"], "--engine.accelerator cannot be 'abacus'"),
