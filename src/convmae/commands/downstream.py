@@ -1,7 +1,8 @@
 """Training a detector or a segmenter, from the checks to the kept model: what the two commands share."""
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -9,14 +10,18 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import torch
 import torch.distributed
 from lightning.fabric import Fabric
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 
 from convmae import weights as weights_files
 from convmae.commands.supervised import J, best_score_before, train_and_judge
+from convmae.data.detection import CocoImages
 from convmae.data.failures import DecodingFailures
 from convmae.data.loading import TrainingLoader
 from convmae.data.sampler import mixed_seed
 from convmae.data.scenes import write_scenes
+from convmae.data.segmentation import SegmentationImages
 from convmae.errors import UserError
 from convmae.models.detector import Detector
 from convmae.models.registry import fill
@@ -89,20 +94,22 @@ class DownstreamRun:
         score: str,
         restored: dict[str, Any] | None,
         failures: DecodingFailures,
-        left_out: Sequence[str],
-        first_line: str,
+        training: CocoImages | SegmentationImages,
+        validation: CocoImages | SegmentationImages,
+        origin: str,
+        contents: str,
         remarks: Sequence[str],
     ) -> Finished[J]:
         """Train to the end, judge as it goes, and keep the best.
 
         module: around the network, as the training loop takes it. on_device: makes what the module takes of a batch.
-        score: the figure of a judgement by which models are compared. left_out: what was never to be read, and why.
-        first_line, remarks: what to say at the start.
+        score: the figure of a judgement by which models are compared. origin, contents, remarks: what to say at the
+        start, of the network, of the training pictures, and below that.
         """
         steps_per_epoch = len(loader) // self.accumulate
         if steps_per_epoch < 1:
-            raise UserError(f"there are too few images for {self.accumulate} passes: lower --accumulate")
-        if fabric.world_size > 1 and fabric.device.type == "cuda":  # elsewhere torch's would not run
+            raise UserError(f"{training.name} has too few images for {self.accumulate} passes: lower --accumulate")
+        if shares_batch_statistics(fabric):
             nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place
         adamw = build_optimizer(network, self.optimizer, self.batch_size)
         schedule = build_schedule(adamw, self.optimizer, self.epochs, steps_per_epoch)
@@ -113,7 +120,7 @@ class DownstreamRun:
         log = RunLog(self.output, self.logging, active=fabric.is_global_zero)
         if fabric.is_global_zero:
             keep_config(self.output, self.settings, restored["step"] if restored else 0)
-            failures.list_once(left_out)
+            failures.list_once(training.left_out + validation.left_out)
         best = self.output / "best" / weights_files.MODEL_FILE
 
         def batches(epoch: int, first: int) -> Iterator[Any]:
@@ -135,7 +142,10 @@ class DownstreamRun:
             checkpoint_every_epochs=self.checkpoint.every_epochs,
             max_skipped=self.max_skipped,
         )
-        log.say(f"{first_line}, {describe_run(plan, fabric, restored)}")
+        log.say(
+            f"{origin}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {training.name}: "
+            f"{contents}, {describe_run(plan, fabric, restored)}"
+        )
         for remark in remarks:
             log.say(remark)
         began = time.monotonic()
@@ -164,6 +174,11 @@ def demo_scenes(
     return folder
 
 
+def shares_batch_statistics(fabric: Fabric) -> bool:
+    """Whether batch normalisation sees the pictures of all processes; without GPUs torch's would not run."""
+    return fabric.world_size > 1 and fabric.device.type == "cuda"
+
+
 def share_buffers(fabric: Fabric, network: nn.Module) -> None:
     """Give all processes the first one's buffers: each has batch statistics of its own where torch does not sync."""
     if fabric.world_size > 1:
@@ -178,3 +193,21 @@ def gathered(fabric: Fabric, found: Sequence[T]) -> list[T]:
     parts: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(parts, found)
     return [one for part in parts for one in part]
+
+
+def tracked(fabric: Fabric, judged: Iterable[T], count: int, description: str) -> Iterator[T]:
+    """What is judged of `count` pictures of all processes, with a progress bar on the first one's terminal."""
+    console = Console(stderr=True)
+    yield from track(
+        judged,
+        description=description,
+        total=-(-count // fabric.world_size),
+        console=console,
+        transient=True,
+        disable=not (console.is_terminal and fabric.is_global_zero),
+    )
+
+
+def percent(share: float) -> str:
+    """A share for a table, "-" where there is none."""
+    return "-" if math.isnan(share) else f"{100 * share:.1f}"

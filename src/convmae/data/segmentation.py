@@ -161,14 +161,8 @@ def read_classes(data: Path | None, file: Path | None) -> list[str]:
     if path is None:
         lacking = f"there is no classes.txt in {data}" if data else "nothing names the classes"
         raise UserError(f"{lacking}: write a text file with the name of a class a line, and give it as --classes")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read, check --classes: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8: give a text file with a class a line as --classes") from error
-    is_table = path.name == _ADE20K_TABLE
-    names = _first_synonyms(path, lines) if is_table else [line.strip() for line in lines]
+    lines, is_table = _lines(path), path.name == _ADE20K_TABLE
+    names = _first_synonyms(_table(path, lines)) if is_table else [line.strip() for line in lines]
     for place, name in enumerate(names):
         where = f"{path}, line {place + 1 + is_table},"
         if not name:
@@ -194,9 +188,9 @@ def calls_classes(data: Path, names: Sequence[str]) -> bool:
     assert path is not None
     synonyms = [{name} for name in own]
     if path.name == _ADE20K_TABLE:
-        rows = path.read_text(encoding="utf-8-sig").rstrip().splitlines()[1:]
-        columns = [row.rpartition("\t")[-1] for row in rows]
-        synonyms = [{name, *map(str.strip, row.split(","))} for name, row in zip(own, columns, strict=True)]
+        synonyms = [
+            {name, *map(str.strip, row.split(","))} for name, row in zip(own, _table(path, _lines(path)), strict=True)
+        ]
     return len(names) == len(own) and all(name in known for name, known in zip(names, synonyms, strict=True))
 
 
@@ -205,17 +199,31 @@ def _usual_classes(data: Path | None) -> Path | None:
     return next((path for path in usual if path.is_file()), None)
 
 
-def _first_synonyms(path: Path, lines: list[str]) -> list[str]:
-    """The names in ADE20K's table; all synonyms of those of which the first is not theirs alone."""
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read, check --classes: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8: give a text file with a class a line as --classes") from error
+
+
+def _table(path: Path, lines: list[str]) -> list[str]:
+    """All synonyms of each class in ADE20K's table, as they stand there."""
     header, *rows = [[field.strip() for field in line.split("\t")] for line in lines] or [[""]]
     if header[-1] != "Name":
         raise UserError(f"{path}, line 1, does not end with the column Name: download the file again")
     for number, row in enumerate(rows, 1):
         if len(row) != len(header) or row[0] != str(number):
             raise UserError(f"{path}, line {number + 1}, is not the row of class {number}: download the file again")
-    firsts = [row[-1].partition(",")[0].strip() for row in rows]
+    return [row[-1] for row in rows]
+
+
+def _first_synonyms(classes: list[str]) -> list[str]:
+    """The first synonym of each class; all of them where the first is not its alone."""
+    firsts = [synonyms.partition(",")[0].strip() for synonyms in classes]
     counts = Counter(firsts)
-    return [first if counts[first] == 1 else row[-1] for first, row in zip(firsts, rows, strict=True)]
+    return [first if counts[first] == 1 else synonyms for first, synonyms in zip(firsts, classes, strict=True)]
 
 
 def open_segmentation(

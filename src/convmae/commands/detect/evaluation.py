@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import track
 
 from convmae.commands.detect.judgement import DetectionQuality, Judge, print_quality
-from convmae.commands.downstream import gathered
+from convmae.commands.downstream import gathered, tracked
 from convmae.commands.inference import checked_output, load_trained_detector, report_damaged
 from convmae.data.detection import find_coco, open_coco
 from convmae.errors import UserError
@@ -68,17 +67,7 @@ def evaluate(
         model.workers,
         skip_damaged,
     )
-    console = Console(stderr=True)
-    found = list(
-        track(
-            judge.detections(network),
-            description="detecting",
-            total=-(-len(source) // fabric.world_size),
-            console=console,
-            transient=True,
-            disable=not (console.is_terminal and fabric.is_global_zero),
-        )
-    )
+    found = list(tracked(fabric, judge.detections(network), len(source), "detecting"))
     results = gathered(fabric, found)
     left_out = [*source.left_out, *gathered(fabric, damaged)]
     quality = judge.quality(results)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from convmae.commands.downstream import gathered, share_buffers
+from convmae.commands.downstream import gathered, percent, share_buffers
 from convmae.data.detection import CocoImages, ResizeAndPad, collate_resized
 from convmae.data.loading import build_evaluation_loader
 from convmae.errors import UserError
@@ -119,14 +119,14 @@ def print_quality(quality: DetectionQuality, classes: Sequence[str], console: Co
         table.add_column(name, justify="right")
     kinds = (quality.boxes, quality.masks)
     for name, meaning in _MEANINGS.items():
-        table.add_row(f"{name}, {meaning}", *(_percent(getattr(kind, name)) for kind in kinds))
+        table.add_row(f"{name}, {meaning}", *(percent(getattr(kind, name)) for kind in kinds))
     console.print(table)
     table = Table(title="AP by class, %", title_justify="left")
     table.add_column("class", overflow="fold")
     for name in ("boxes", "masks"):
         table.add_column(name, justify="right")
     for name, *shares in zip(classes, *(kind.per_class for kind in kinds), strict=True):
-        table.add_row(Text(name), *map(_percent, shares))
+        table.add_row(Text(name), *map(percent, shares))
     console.print(table)
 
 
@@ -144,7 +144,3 @@ _MEANINGS = {
     "ARm": "recall, medium objects",
     "ARl": "recall, large objects",
 }
-
-
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.1f}"

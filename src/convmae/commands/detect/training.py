@@ -206,9 +206,9 @@ def train(
         "box_AP",
         restored,
         failures,
-        training.left_out + validation.left_out,
-        f"{f'weights {weights}' if weights else f'convmae {model} from scratch'}, {network.settings['form']} form, "
-        f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {training.name}: "
+        training,
+        validation,
+        f"{f'weights {weights}' if weights else f'convmae {model} from scratch'}, {network.settings['form']} form",
         f"{training.num_objects} objects of {len(training.classes)} classes in {len(training)} images",
         [
             f"{source.name}: left out {len(source.left_out)} missing or broken, listed in {failures.path}, and "

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import track
 
-from convmae.commands.downstream import gathered
+from convmae.commands.downstream import gathered, tracked
 from convmae.commands.inference import checked_output, load_trained_segmenter, report_damaged
 from convmae.commands.segment.inference import Inference, InferenceOptions
 from convmae.commands.segment.judgement import Judge, print_quality, write_quality
@@ -72,20 +71,7 @@ def evaluate(
         model.workers,
         skip_damaged,
     )
-    console = Console(stderr=True)
-    quality = judge(
-        network,
-        lambda pictures: list(
-            track(
-                pictures,
-                description="segmenting",
-                total=-(-len(source) // fabric.world_size),
-                console=console,
-                transient=True,
-                disable=not (console.is_terminal and fabric.is_global_zero),
-            )
-        ),
-    )
+    quality = judge(network, lambda pictures: list(tracked(fabric, pictures, len(source), "segmenting")))
     left_out = [*source.left_out, *gathered(fabric, damaged)]
     if fabric.is_global_zero:
         report_damaged(left_out)

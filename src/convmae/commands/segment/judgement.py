@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from convmae.commands.downstream import share_buffers
+from convmae.commands.downstream import percent, share_buffers
 from convmae.commands.segment.inference import Inference
 from convmae.data.loading import build_evaluation_loader
 from convmae.data.segmentation import SegmentationImages, collate_views
@@ -79,16 +79,16 @@ def print_quality(quality: SegmentationQuality, classes: Sequence[str], console:
     table = Table(title="segmentation, %", title_justify="left")
     table.add_column("")
     table.add_column("", justify="right")
-    table.add_row("mIoU, overlap of predicted and true pixels, mean of the classes", _percent(quality.mIoU))
-    table.add_row("mAcc, share of a class's pixels that are found, mean of the classes", _percent(quality.mAcc))
-    table.add_row("aAcc, share of all pixels that are right", _percent(quality.aAcc))
+    table.add_row("mIoU, overlap of predicted and true pixels, mean of the classes", percent(quality.mIoU))
+    table.add_row("mAcc, share of a class's pixels that are found, mean of the classes", percent(quality.mAcc))
+    table.add_row("aAcc, share of all pixels that are right", percent(quality.aAcc))
     console.print(table)
     table = Table(title="by class, %", title_justify="left")
     table.add_column("class", overflow="fold")
     for name in ("IoU", "accuracy", "of all pixels"):
         table.add_column(name, justify="right")
     for name, *shares in _by_class(quality, classes):
-        table.add_row(Text(name), *map(_percent, shares))
+        table.add_row(Text(name), *map(percent, shares))
     console.print(table)
 
 
@@ -104,7 +104,3 @@ def write_quality(path: Path, quality: SegmentationQuality, classes: Sequence[st
 def _by_class(quality: SegmentationQuality, classes: Sequence[str]) -> Iterator[tuple[str, float, float, float]]:
     shares = quality.confusion.sum(dim=1) / quality.confusion.sum()
     yield from zip(classes, quality.iou.tolist(), quality.accuracy.tolist(), shares.tolist(), strict=True)
-
-
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.1f}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convmae import weights as weights_files
-from convmae.commands.downstream import DownstreamRun, Finished, demo_scenes
+from convmae.commands.downstream import DownstreamRun, Finished, demo_scenes, shares_batch_statistics
 from convmae.commands.segment.inference import Inference, InferenceOptions
 from convmae.commands.segment.judgement import Judge, write_quality
 from convmae.data.failures import DecodingFailures
@@ -190,8 +190,7 @@ def train(
     failures = DecodingFailures(output)
     size, channels = network.settings["image_size"], network.settings["in_channels"]
     pictures_of_a_pass = divide_batch(batch_size, fabric.world_size, accumulate)
-    synchronised = fabric.world_size > 1 and fabric.device.type == "cuda"  # elsewhere torch's would not run
-    if pictures_of_a_pass < 2 and not synchronised:
+    if pictures_of_a_pass < 2 and not shares_batch_statistics(fabric):
         raise UserError(
             "batch normalisation needs two pictures or more in each pass of a process: raise --batch-size, or lower "
             "--accumulate"
@@ -221,9 +220,9 @@ def train(
         "mIoU",
         restored,
         failures,
-        training.left_out + validation.left_out,
-        f"{f'weights {weights}' if weights else f'convmae {model} from scratch'}, "
-        f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {training.name}: "
+        training,
+        validation,
+        f"weights {weights}" if weights else f"convmae {model} from scratch",
         f"{len(names)} classes in {len(training)} images",
         [
             f"{source.name}: left out {len(source.left_out)} without a partner, listed in {failures.path}"
