@@ -16,49 +16,9 @@ from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 from rich.console import Console
 from rich.logging import RichHandler
 
-from convmae.commands import detect, segment
-from convmae.commands.bench import bench
-from convmae.commands.embed import embed
-from convmae.commands.export import export
-from convmae.commands.finetune import finetune
-from convmae.commands.info import info
-from convmae.commands.neighbours import neighbours
-from convmae.commands.predict import predict
-from convmae.commands.pretrain import pretrain
-from convmae.commands.probe import probe
-from convmae.commands.reconstruct import reconstruct
-from convmae.commands.scenes import scenes
-from convmae.commands.visualise import visualise
+from convmae.commands import COMMANDS, command
 from convmae.errors import UserError
 from convmae.training.loop import Interrupted
-
-COMMANDS: dict[str, Any] = {
-    "pretrain": pretrain,
-    "reconstruct": reconstruct,
-    "probe": probe,
-    "finetune": finetune,
-    "predict": predict,
-    "detect": {
-        "_help": "Detect objects and their masks: train a detector, judge it, put it to use.",
-        "train": detect.train,
-        "eval": detect.evaluate,
-        "predict": detect.predict,
-    },
-    "segment": {
-        "_help": "Tell the class of each pixel: train a segmenter, judge it, put it to use.",
-        "train": segment.train,
-        "eval": segment.evaluate,
-        "predict": segment.predict,
-    },
-    "embed": embed,
-    "neighbours": neighbours,
-    "visualise": visualise,
-    "export": export,
-    "scenes": scenes,
-    "info": info,
-    "bench": bench,
-}
-"""A function, or the functions of its subcommands with a sentence of help."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
         auto_cli(
-            COMMANDS,
+            _wanted(arguments),
             args=_friendly(arguments),
             as_positional=False,
             parser_class=_Parser,
@@ -96,7 +56,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # Options of a command come as `pretrain.data`; the user types `--data`.
-        message = re.sub(rf"\b({'|'.join(map(re.escape, _functions()))})\.(?=\w)", "--", message)
+        message = re.sub(rf"\b({'|'.join(map(re.escape, _modules()))})\.(?=\w)", "--", message)
         message = re.sub(r'"(?:\w+\.)?subcommand"', "a subcommand", message)
         wrong_value = re.search(r'Parser key "([\w.]+)".*(?:Got|Given) value: (.*)', message, re.DOTALL)
         if wrong_value:
@@ -121,11 +81,11 @@ def _friendly(arguments: list[str]) -> list[str]:
 
     The configuration moves to the front, so that flags win on either side of it.
     """
-    functions = _functions()
-    depth = next((depth for depth in (1, 2) if ".".join(arguments[:depth]) in functions), None)
+    modules = _modules()
+    depth = next((depth for depth in (1, 2) if ".".join(arguments[:depth]) in modules), None)
     if depth is None:
         return arguments
-    command, switches = arguments[:depth], _switches(functions[".".join(arguments[:depth])])
+    called, switches = arguments[:depth], _switches(command(modules[".".join(arguments[:depth])]))
     configuration: list[str] = []
     flags: list[str] = []
     rest = iter(arguments[depth:])
@@ -144,7 +104,7 @@ def _friendly(arguments: list[str]) -> list[str]:
             flags.append(f"{name}=true")
         else:
             flags.append(name + equals + value)
-    return [*command, *configuration, *flags]
+    return [*called, *configuration, *flags]
 
 
 def _recipe(name: str) -> str:
@@ -161,14 +121,25 @@ def _recipe(name: str) -> str:
     return str(path)
 
 
-def _functions() -> dict[str, Any]:
-    """The commands' functions, subcommands' under names such as detect.train."""
-    found: dict[str, Any] = {}
-    for name, command in COMMANDS.items():
-        if isinstance(command, dict):
-            found |= {f"{name}.{part}": function for part, function in command.items() if part != "_help"}
+def _wanted(arguments: list[str]) -> dict[str, Any]:
+    """The functions that the parser must know: of the command that is called, or of all where none is."""
+    called = {name: COMMANDS[name] for name in arguments[:1] if name in COMMANDS}
+    return {
+        name: command(entry)
+        if isinstance(entry, str)
+        else {part: module if part == "_help" else command(module) for part, module in entry.items()}
+        for name, entry in (called or COMMANDS).items()
+    }
+
+
+def _modules() -> dict[str, str]:
+    """The commands' modules, subcommands' under names such as detect.train."""
+    found: dict[str, str] = {}
+    for name, entry in COMMANDS.items():
+        if isinstance(entry, str):
+            found[name] = entry
         else:
-            found[name] = command
+            found |= {f"{name}.{part}": module for part, module in entry.items() if part != "_help"}
     return found
 
 

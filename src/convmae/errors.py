@@ -1,8 +1,23 @@
-"""The one exception for mistakes that a user can mend.
+"""The one exception for mistakes that a user can mend, and the checks that several callers share.
 
 Its message is a single line that says what is wrong and what to do; the command line prints it and exits with 2.
 """
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """A wrong input or setting; the message names the cure."""
+
+
+def check_positive(**settings: int) -> None:
+    """Raise UserError that names the first setting below 1."""
+    for name, value in settings.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise UserError that names the choices unless `value` is one of them; the command line has looked already."""
+    if value not in choices:
+        raise UserError(f"{name} cannot be '{value}': choose one of {', '.join(choices)}")

@@ -9,12 +9,11 @@ from typing import Literal
 from rich.console import Console
 
 from convmae.commands.inference import OrderedBatches, checked_output, load_trained, open_pictures, report_damaged
-from convmae.errors import UserError
+from convmae.commands.options import BatchOptions, CropOptions, spread
+from convmae.errors import UserError, check_choice
 from convmae.evaluation.feature_files import SUFFIXES, FeatureParts, check_names
 from convmae.evaluation.features import extract_features
-from convmae.training.engine import DeviceOptions
 from convmae.training.loop import Interrupted
-from convmae.training.run import check_choice
 
 _STAGES = {"pooled": None, "stage1": 1, "stage2": 2, "stage3": 3}
 
@@ -30,18 +29,15 @@ class Embedding:
     """Name and reason of each image that was left out."""
 
 
+@spread("crop", "reading")
 def embed(
     data: str,
     output: Path,
     weights: Path,
     stage: Literal["pooled", "stage1", "stage2", "stage3"] = "pooled",
-    image_size: int | None = None,
-    crop_pct: float | None = None,
-    batch_size: int = 64,
-    split: str = "train",
-    skip_damaged: bool = False,
+    crop: CropOptions = CropOptions(),
+    reading: BatchOptions = BatchOptions(),
     overwrite: bool = False,
-    engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
 ) -> Embedding:
     """Write the features of all images of a folder, with their paths, to one Parquet or safetensors file.
 
@@ -53,13 +49,7 @@ def embed(
         output: the file; its name ends in .parquet or .safetensors.
         weights: a run's folder, a checkpoint or a weights file, ours or published.
         stage: pooled, one vector an image; or a map, stage1, stage2 or stage3, at 1/4, 1/8 or 1/16 of the image's size.
-        image_size: side of the centre crop that the model sees, a multiple of 16; by default that of the weights.
-        crop_pct: share of the resized shorter side that this crop keeps; by default that of the weights, or 0.875.
-        batch_size: images at a time.
-        split: of a Hugging Face data set.
-        skip_damaged: leave out and list images that cannot be decoded instead of stopping.
         overwrite: replace the output if it exists.
-        engine: device and precision.
 
     Raises UserError for input that cannot work, and Interrupted after Ctrl-C; neither loses what was computed.
     """
@@ -67,10 +57,10 @@ def embed(
     output = checked_output(output, SUFFIXES)
     if output.exists() and not overwrite:
         raise UserError(f"{output} exists: replace it with --overwrite, or choose another --output")
-    pictures = open_pictures(data, split)
+    pictures = open_pictures(data, reading.split)
     names = [pictures.picture_name(index) for index in range(len(pictures))]
     check_names(output, names)
-    model = load_trained(weights, image_size, crop_pct, engine)
+    model = load_trained(weights, crop.image_size, crop.crop_pct, reading.engine)
     size = "x".join(map(str, model.image_size))
     digest = model.digest()
     run = {
@@ -87,7 +77,7 @@ def embed(
     console = Console(stderr=True, highlight=False)
     if parts.position:
         console.print(f"going on at image {parts.position} of {len(names)}", soft_wrap=True)
-    batches = OrderedBatches(model, model.center_crop, pictures, batch_size, skip_damaged, "embedding", parts.position)
+    batches = OrderedBatches(model, model.center_crop, pictures, reading, "embedding", parts.position)
     try:
         for features, batch in extract_features(model.fabric, model.network, batches, _STAGES[stage]):
             parts.add(features, batch["indices"], batch["position"], batch["failed"])

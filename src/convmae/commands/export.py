@@ -11,11 +11,10 @@ from rich.console import Console
 
 from convmae import weights as weights_files
 from convmae.commands.inference import checked_output
-from convmae.errors import UserError
+from convmae.errors import UserError, check_choice
 from convmae.models.classifier import Classifier
-from convmae.models.encoder import PATCH, grid_of
+from convmae.models.config import PATCH, grid_of
 from convmae.models.registry import ENCODERS, default_cfgs, load, load_classifier
-from convmae.training.run import check_choice
 
 _SUFFIXES = {"onnx": (".onnx",), "torch-export": (".pt2",), "reference": (".pth", ".pt")}
 

@@ -5,7 +5,7 @@ Images are seen as in validation, in order: the shorter side resized, a centre c
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from convmae import weights as weights_files
+from convmae.commands.options import BatchOptions
 from convmae.data.augmentation import CenterCrop
 from convmae.data.demo import demo_photographs
-from convmae.data.loading import Transform, build_evaluation_loader
+from convmae.data.loading import Loading, Transform, build_evaluation_loader
 from convmae.data.sources import EXTENSIONS, ImageCollection, open_files, open_images
 from convmae.errors import UserError
+from convmae.kinds import load, load_classifier
 from convmae.models.classifier import Classifier
+from convmae.models.config import grid_of, height_and_width
 from convmae.models.detector import Detector, checked_size
-from convmae.models.encoder import grid_of, height_and_width
-from convmae.models.registry import load, load_classifier
 from convmae.models.segmenter import Segmenter
 from convmae.training.engine import DeviceOptions, loader_workers, start_engine
 
@@ -51,8 +52,7 @@ class TrainedModel(Trained):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images that it is given, in pixels."""
-        height, width = self.network.settings["image_size"]
-        return height, width
+        return self.network.image_size
 
     @property
     def crop_pct(self) -> float:
@@ -62,7 +62,7 @@ class TrainedModel(Trained):
     @property
     def in_channels(self) -> int:
         """Channels of the images that it is given."""
-        return self.network.settings["in_channels"]
+        return self.network.in_channels
 
     @property
     def center_crop(self) -> CenterCrop:
@@ -116,7 +116,7 @@ def load_trained_detector(
     network = load(file)
     if not isinstance(network, Detector):
         raise UserError(f"{weights} holds no detector: train one first, with convmae detect train")
-    size = checked_size(network.settings["image_size"] if image_size is None else height_and_width(image_size))
+    size = checked_size(network.image_size if image_size is None else height_and_width(image_size))
     fabric = start_engine(engine)
     network.to(fabric.device).eval().requires_grad_(False)
     return TrainedDetector(network, fabric, file, loader_workers(engine, fabric), size)
@@ -179,28 +179,22 @@ class OrderedBatches:
         model: Trained,
         transform: Transform,
         pictures: ImageCollection,
-        batch_size: int,
-        skip_damaged: bool,
+        options: BatchOptions,
         description: str,
         first: int = 0,
-        collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     ) -> None:
-        """transform, collate_fn: see `build_evaluation_loader`."""
-        if batch_size < 1:
-            raise UserError(f"batch_size is {batch_size}: it must be at least 1")
+        """transform: see `build_evaluation_loader`. description: of the progress bar."""
         self.damaged: list[str] = []
-        self._description, self._first, self._batch_size, self._total = description, first, batch_size, len(pictures)
-        self._loader = build_evaluation_loader(
-            pictures,
-            transform,
-            batch_size=batch_size,
-            collate_fn=collate_fn,
-            skip_damaged=skip_damaged,
+        self._description, self._first, self._total = description, first, len(pictures)
+        self._batch_size = options.batch_size
+        loading = Loading(
+            batch_size=options.batch_size,
+            skip_damaged=options.skip_damaged,
             # For one batch a process is not worth starting.
-            num_workers=model.workers if self._total - first > batch_size else 0,
+            num_workers=model.workers if self._total - first > options.batch_size else 0,
             pin_memory=model.fabric.device.type == "cuda",
-            first=first,
         )
+        self._loader = build_evaluation_loader(pictures, transform, loading, first=first)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields {"images": uint8 (B, C, H, W), "indices": (B,), "failed": list, "position": int}."""

@@ -12,10 +12,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from convmae.benchmarks.arithmetic import count_macs
+from convmae.errors import check_choice
 from convmae.models.autoencoder import ConvMAE
-from convmae.models.encoder import height_and_width
+from convmae.models.config import height_and_width
 from convmae.models.registry import create_autoencoder, create_classifier, create_detector, create_segmenter
-from convmae.training.run import check_choice
 
 # Rows of the table -> the modules whose arithmetic and parameters they count.
 PARTS = {

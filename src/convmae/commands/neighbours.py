@@ -20,6 +20,7 @@ from convmae.commands.inference import (
     open_pictures,
     report_damaged,
 )
+from convmae.commands.options import BatchOptions, CropOptions, spread
 from convmae.data.images import UndecodableImageError, open_upright, undecodable_if_damaged
 from convmae.data.sources import ImageCollection, open_files
 from convmae.errors import UserError
@@ -44,18 +45,15 @@ class Neighbours:
     """Cosines between pooled features, in [-1, 1]."""
 
 
+@spread("crop", "reading")
 def neighbours(
     data: str,
     query: Path,
     weights: Path,
     output: Path = Path("neighbours.png"),
     k: int = 8,
-    image_size: int | None = None,
-    crop_pct: float | None = None,
-    batch_size: int = 64,
-    split: str = "train",
-    skip_damaged: bool = False,
-    engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
+    crop: CropOptions = CropOptions(),
+    reading: BatchOptions = BatchOptions(),
 ) -> list[Neighbours]:
     """Draw images with their nearest neighbours, by cosine similarity of pooled features.
 
@@ -66,12 +64,6 @@ def neighbours(
         weights: a run's folder, a checkpoint or a weights file, ours or published; those of the file of features.
         output: the picture, .png, .jpg, .pdf or .svg.
         k: neighbours of each query, at most 32.
-        image_size: side of the centre crop that the model sees, a multiple of 16; by default that of the weights.
-        crop_pct: share of the resized shorter side that this crop keeps; by default that of the weights, or 0.875.
-        batch_size: images at a time.
-        split: of a Hugging Face data set.
-        skip_damaged: leave out and list images that cannot be decoded instead of stopping.
-        engine: device and precision.
 
     Raises UserError for input that cannot work.
     """
@@ -83,14 +75,14 @@ def neighbours(
         raise UserError(f"{query} holds {len(queries)} images: the picture has room for {_MOST_QUERIES} queries")
     known = read_features(Path(data)) if Path(data).is_file() and Path(data).suffix.lower() in SUFFIXES else None
     if known is None:
-        pictures = open_pictures(data, split)
-        model = load_trained(weights, image_size, crop_pct, engine)
+        pictures = open_pictures(data, reading.split)
+        model = load_trained(weights, crop.image_size, crop.crop_pct, reading.engine)
     else:
         pictures = open_files(data, known.paths)
-        model = _matching_model(data, known, weights, image_size, crop_pct, engine)
-    asked, query_features = _pooled(model, queries, batch_size, skip_damaged, "queries")
+        model = _matching_model(data, known, weights, crop, reading.engine)
+    asked, query_features = _pooled(model, queries, reading, "queries")
     if known is None:
-        numbers, features = _pooled(model, pictures, batch_size, skip_damaged, "embedding")
+        numbers, features = _pooled(model, pictures, reading, "embedding")
     else:
         numbers, features = list(range(len(known.paths))), known.features
 
@@ -113,10 +105,10 @@ def neighbours(
 
 
 def _pooled(
-    model: TrainedModel, pictures: ImageCollection, batch_size: int, skip_damaged: bool, description: str
+    model: TrainedModel, pictures: ImageCollection, reading: BatchOptions, description: str
 ) -> tuple[list[int], Tensor]:
     """Numbers of the images that can be decoded, N of them, and their pooled features (N, C)."""
-    batches = OrderedBatches(model, model.center_crop, pictures, batch_size, skip_damaged, description)
+    batches = OrderedBatches(model, model.center_crop, pictures, reading, description)
     numbers: list[int] = []
     features = []
     for some, batch in extract_features(model.fabric, model.network, batches):
@@ -132,8 +124,7 @@ def _matching_model(
     data: str,
     known: Features,
     weights: Path,
-    image_size: int | None,
-    crop_pct: float | None,
+    crop: CropOptions,
     engine: DeviceOptions,
 ) -> TrainedModel:
     """The model by which the known features were computed, for images of the same size and crop unless stated."""
@@ -144,7 +135,9 @@ def _matching_model(
             f"{data} holds maps of {known.facts['stage']}: give a file that embed wrote with --stage pooled"
         )
     height, width = map(int, known.facts["image_size"].split("x"))
-    model = load_trained(weights, image_size or (height, width), crop_pct or float(known.facts["crop_pct"]), engine)
+    model = load_trained(
+        weights, crop.image_size or (height, width), crop.crop_pct or float(known.facts["crop_pct"]), engine
+    )
     if known.facts["weights_sha256"] != model.digest():
         raise UserError(f"{data} was computed with other weights, {known.facts['weights']}: give those, or embed again")
     return model

@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from convmae.commands.inference import OrderedBatches, checked_output, load_trained, open_pictures, report_damaged
+from convmae.commands.options import BatchOptions, CropOptions, spread
 from convmae.errors import UserError
 from convmae.training.checkpoint import replace_file
-from convmae.training.engine import DeviceOptions
 
 _SHOWN, _SHOWN_CLASSES = 20, 3  # images in the table on the terminal, and classes of each
 
@@ -28,18 +28,15 @@ class Prediction:
     probabilities: tuple[float, ...]
 
 
+@spread("crop", "reading")
 @torch.inference_mode()
 def predict(
     images: str,
     weights: Path,
     output: Path | None = None,
     top: int = 5,
-    image_size: int | None = None,
-    crop_pct: float | None = None,
-    batch_size: int = 64,
-    split: str = "train",
-    skip_damaged: bool = False,
-    engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
+    crop: CropOptions = CropOptions(),
+    reading: BatchOptions = BatchOptions(),
 ) -> list[Prediction]:
     """Tell the most probable classes of images.
 
@@ -48,12 +45,6 @@ def predict(
         weights: a fine-tuning run's folder, or a classifier's weights file.
         output: a CSV file with a row for each image: path, class_1, probability_1, class_2, ...
         top: classes to name for each image; the terminal shows three.
-        image_size: side of the centre crop that the model sees, a multiple of 16; by default that of the weights.
-        crop_pct: share of the resized shorter side that this crop keeps; by default that of the weights, or 0.875.
-        batch_size: images at a time.
-        split: of a Hugging Face data set.
-        skip_damaged: leave out and list images that cannot be decoded instead of stopping.
-        engine: device and precision.
 
     Raises UserError for weights without a classification head and for unreadable images.
     """
@@ -61,13 +52,13 @@ def predict(
         raise UserError(f"top is {top}: it must be at least 1")
     if output is not None:
         output = checked_output(output, (".csv",))
-    pictures = open_pictures(images, split)
-    model = load_trained(weights, image_size, crop_pct, engine)
+    pictures = open_pictures(images, reading.split)
+    model = load_trained(weights, crop.image_size, crop.crop_pct, reading.engine)
     network = model.network
     if not network.num_classes:
         raise UserError(f"{weights} has no classification head: fine-tune first, with convmae finetune")
     classes = network.classes or [str(number) for number in range(network.num_classes)]
-    batches = OrderedBatches(model, model.center_crop, pictures, batch_size, skip_damaged, "predicting")
+    batches = OrderedBatches(model, model.center_crop, pictures, reading, "predicting")
     predictions = []
     for batch in batches:
         with model.fabric.autocast():

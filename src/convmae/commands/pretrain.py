@@ -1,42 +1,27 @@
 """`convmae pretrain`: a folder of images in, a pretrained encoder out."""
 
 import math
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
 
 from convmae import weights as weights_files
-from convmae.data.device_decoding import DeferredCrop, DeviceDecoder, collate_encoded
+from convmae.commands.options import flat_settings, spread
 from convmae.data.failures import DecodingFailures
 from convmae.data.images import RandomCrop
-from convmae.data.loading import TrainingImages, build_training_loader
-from convmae.data.sampler import mixed_seed
-from convmae.data.sources import ImageCollection, ImageStream, open_images
-from convmae.errors import UserError
-from convmae.models.autoencoder import ConvMAE
-from convmae.models.registry import create_autoencoder, fill
-from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state
-from convmae.training.engine import EngineOptions, loader_workers, start_engine
-from convmae.training.logging import PictureLoggingOptions, RunLog, read_metrics
-from convmae.training.loop import Plan, Position, describe_run, train
-from convmae.training.optimizer import OptimizerOptions, build_optimizer, build_schedule
-from convmae.training.run import (
-    check_choice,
-    check_positive,
-    checkpoint_to_resume,
-    divide_batch,
-    keep_config,
-    plain_settings,
-)
-from convmae.visualize import loss_curve, reconstruction_picture
-
-_EXAMPLES = 6  # images in a reconstruction picture
+from convmae.data.sources import open_images
+from convmae.kinds import create_autoencoder
+from convmae.models.config import height_and_width
+from convmae.models.fitting import fit
+from convmae.tasks.pretraining import PretrainingJob
+from convmae.tasks.processes import loading
+from convmae.training.logging import PictureLoggingOptions, read_metrics
+from convmae.training.optimizer import OptimizerOptions
+from convmae.training.options import EncoderRunOptions
+from convmae.training.run import Finished, Run, divide_batch
+from convmae.visualize import loss_curve
 
 
 @dataclass(frozen=True)
@@ -53,13 +38,17 @@ class PretrainingResult:
     steps: int
 
 
+@spread("options")
 def pretrain(
     data: str,
     model: str = "base",
-    output: Path = Path("runs/pretrain"),
-    epochs: int = 200,
-    batch_size: int = 256,
-    accumulate: int = 1,
+    options: EncoderRunOptions = EncoderRunOptions(
+        output=Path("runs/pretrain"),
+        epochs=200,
+        batch_size=256,
+        optimizer=OptimizerOptions(),
+        logging=PictureLoggingOptions(),
+    ),
     image_size: int | tuple[int, int] = 224,
     in_channels: int = 3,
     kernel_size: int = 5,
@@ -75,24 +64,12 @@ def pretrain(
     decode: Literal["cpu", "gpu"] = "cpu",
     split: str = "train",
     weights: Path | None = None,
-    resume: bool = False,
-    compile: bool = False,  # the flag's name is torch's
-    seed: int = 0,
-    max_skipped: int = 20,
-    optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008 (frozen)
-    engine: EngineOptions = EngineOptions(),  # noqa: B008
-    checkpoint: CheckpointOptions = CheckpointOptions(),  # noqa: B008
-    logging: PictureLoggingOptions = PictureLoggingOptions(),  # noqa: B008
 ) -> PretrainingResult:
-    """Pretrain a ConvMAE on unlabelled images.
+    """Pretrain a ConvMAE on unlabelled images; the paper's batches are of 2048.
 
     Args:
         data: a folder with images at any depth; wds/FOLDER/shards-{0000..0099}.tar; hfds/NAME or hfids/NAME; or demo.
         model: size: tiny, small, base, large or huge.
-        output: folder of the run: configuration, metrics, pictures, checkpoints.
-        epochs: passes over the data.
-        batch_size: images a step, over all devices and passes; the paper's is 2048.
-        accumulate: forward and backward passes a step; more need less memory.
         image_size: pixels, one number or [height, width], multiples of 16.
         in_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
         kernel_size: of the depthwise convolutions, odd.
@@ -109,34 +86,17 @@ def pretrain(
         decode: gpu to decode plain JPEG files on a GPU with a JPEG engine (A100 and later), which frees the cores; not
             of shards and streams.
         split: split of a Hugging Face data set.
-        weights: start from the weights of this file or run, ours or published.
-        resume: go on from the newest checkpoint in output, if there is one.
-        compile: compile the model with torch.compile.
-        seed: of weights, masks, crops and order.
-        max_skipped: stop after this many steps in a row with a loss that is not finite.
-        optimizer: AdamW and its schedule.
-        engine: devices and precision.
-        checkpoint: when to write checkpoints.
-        logging: what to write down.
+        weights: start from the weights of this run, checkpoint or file, ours or published.
+
+    Nothing judges a pretraining: a moving average of the weights is kept as the best model at the end.
 
     Raises UserError for settings that cannot work, and Interrupted after SIGTERM or Ctrl-C, a checkpoint being written.
     """
-    settings = plain_settings(dict(locals()))
-    output = Path(output)  # Python callers may pass a string
-    check_positive(
-        epochs=epochs,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        aug_repeats=aug_repeats,
-        max_skipped=max_skipped,
-        logging_every_steps=logging.every_steps,
-        checkpoint_every_epochs=checkpoint.every_epochs,
-    )
-    if logging.pictures_every_epochs < 0:
-        raise UserError("pictures_every_epochs must be at least 0: raise it")
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    torch.manual_seed(seed)
-    network = create_autoencoder(
+    settings = flat_settings(locals())
+    run = Run(options, settings)
+    size = height_and_width(image_size)
+    torch.manual_seed(options.seed)
+    objective = create_autoencoder(
         model,
         image_size=size,
         in_channels=in_channels,
@@ -149,179 +109,46 @@ def pretrain(
         masked_convolution=masked_convolution,
         dense=dense,
     )
-    checkpoints = CheckpointFolder(output / "checkpoints", checkpoint.keep)
-    restored = _restore(network, checkpoints, output, resume, weights)
+    if weights is not None and run.checkpoint is None:
+        given = weights_files.read(weights)[0]
+        weights_files.fill(objective, fit(given, objective.state_dict(), resize_positions=True))
+    objective.encoder.set_grad_checkpointing(options.grad_checkpointing)
     source = open_images(data, split)
 
-    fabric = start_engine(engine)
-    on_device = _decodes_on_device(decode, source, in_channels, fabric.device)
-    crop = RandomCrop(size, in_channels, crop_scale)
-    batch_of_a_pass = divide_batch(batch_size, fabric.world_size, accumulate)
-    loader = build_training_loader(
+    fabric = run.start()
+    images_of_a_pass = divide_batch(options.batch_size, fabric.world_size, options.accumulate)
+    job = PretrainingJob(
+        fabric,
+        objective,
         source,
-        DeferredCrop(crop) if on_device else crop,
-        batch_size=batch_of_a_pass,
-        collate_fn=collate_encoded if on_device else None,
+        RandomCrop(size, in_channels, crop_scale),
+        loading(fabric, options.engine, images_of_a_pass, skip_damaged=True),
+        origin=f"convmae {model}",
+        folder=options.output,
+        seed=options.seed,
         aug_repeats=aug_repeats,
-        seed=seed,
-        num_workers=loader_workers(engine, fabric),
-        pin_memory=fabric.device.type == "cuda",
-        num_replicas=fabric.world_size,
-        rank=fabric.global_rank,
+        decode=decode,
+        pictures_every_epochs=getattr(options.logging, "pictures_every_epochs", 0),
     )
-    steps_per_epoch = len(loader) // accumulate
-    if steps_per_epoch < 1:
-        raise UserError(f"{data} has too few images for a batch of {batch_size}: lower --batch-size")
-    adamw = build_optimizer(network, optimizer, batch_size)
-    schedule = build_schedule(adamw, optimizer, epochs, steps_per_epoch)
-    trained: nn.Module = SelfSupervised(network)
-    if compile:
-        trained = cast(nn.Module, torch.compile(trained))
-    wrapped, wrapped_optimizer = fabric.setup(trained, adamw)
-    torch.manual_seed(mixed_seed(seed, fabric.global_rank))  # masks differ between processes
-
-    fabric.barrier()  # all have looked at the run's folder before one writes to it
-    log = RunLog(output, logging, active=fabric.is_global_zero)
-    if fabric.is_global_zero:
-        keep_config(output, settings, restored["step"] if restored else 0)
-    failures = DecodingFailures(output)
-    examples = _examples(source, crop, seed) if isinstance(source, ImageCollection) else []
-    decoder = DeviceDecoder(cast(TrainingImages, loader.dataset), crop, fabric.device) if on_device else None
-    picture = output / "reconstructions" / "latest.png"
-
-    def batches(epoch: int, first: int) -> Iterator[Tensor]:
-        loader.set_position(epoch, first)
-        for found in loader:
-            batch = found if decoder is None else decoder(found)
-            failures.record(len(batch["images"]) // aug_repeats, batch["failed"])
-            if not examples:  # of a stream
-                examples.extend(batch["images"][::aug_repeats][:_EXAMPLES].clone())  # the batch itself may go
-            yield batch["images"].to(fabric.device, non_blocking=True)
-
-    def after_epoch(epoch: int) -> None:
-        if message := failures.warning():
-            log.say(message, style="bold red")
-        every, last = logging.pictures_every_epochs, epoch + 1 == epochs
-        if fabric.is_global_zero and (last or (every and (epoch + 1) % every == 0)):
-            path = picture if last else picture.with_name(f"epoch-{epoch + 1:04d}.png")
-            _draw(network, torch.stack(examples).to(fabric.device), path)
-
-    def write_model(folder: Path) -> None:
-        weights_files.save(folder / weights_files.MODEL_FILE, network.state_dict(), network.settings)
-
-    plan = Plan(
-        epochs=epochs,
-        steps_per_epoch=steps_per_epoch,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        clip_grad=optimizer.clip_grad,
-        log_every_steps=logging.every_steps,
-        checkpoint_every_epochs=checkpoint.every_epochs,
-        max_skipped=max_skipped,
-    )
-    log.say(
-        f"convmae {model}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, on {data}: "
-        f"{describe_run(plan, fabric, restored)}"
-    )
-    began = time.monotonic()
-    try:
-        position = train(
-            fabric, wrapped, wrapped_optimizer, schedule, batches, plan, checkpoints, write_model, log, restored,
-            after_epoch,
-        )  # fmt: skip
-    finally:
-        log.finish()
-    fabric.barrier()  # all have listed their failures
-    return _finish(log, checkpoints, output, picture, position, time.monotonic() - began)
+    return _finish(run.train(fabric, job), job)
 
 
-class SelfSupervision(NamedTuple):
-    """What a step of self-supervised training returns."""
-
-    loss: Tensor
-
-
-class SelfSupervised(nn.Module):
-    """A ConvMAE that computes what its loss needs, nothing more: images (B, C, H, W) -> loss."""
-
-    def __init__(self, network: ConvMAE) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> SelfSupervision:
-        return SelfSupervision(self.network(images, masked_only=True).loss)
-
-
-def _restore(
-    network: ConvMAE, checkpoints: CheckpointFolder, output: Path, resume: bool, weights: Path | None
-) -> dict[str, Any] | None:
-    """Fill the network from the run's newest checkpoint, whose training state is returned, or from given weights."""
-    newest = checkpoint_to_resume(output, checkpoints, resume)
-    if newest is not None:
-        fill(network, weights_files.read(newest)[0])
-        return read_state(newest)
-    if weights is not None:
-        fill(network, weights_files.read(weights)[0], resize_positions=True)
-    return None
-
-
-def _finish(
-    log: RunLog,
-    checkpoints: CheckpointFolder,
-    output: Path,
-    picture: Path,
-    position: Position,
-    seconds: float,
-) -> PretrainingResult:
+def _finish(finished: Finished, job: PretrainingJob) -> PretrainingResult:
     """Draw the loss curve, print the summary, and say where everything is."""
-    metrics = read_metrics(output)
-    curve = output / "loss.png"
-    newest = checkpoints.newest()
-    assert newest is not None  # the loop writes one at its end
-    if log.active:
+    metrics = read_metrics(finished.folder)
+    curve = finished.folder / "loss.png"
+    if finished.log.active:
         loss_curve(curve, metrics)
-    log.summary(
+    finished.summary(
         "pretraining finished",
         {
-            "folder": str(output),
-            "checkpoint": str(newest),
+            "folder": str(finished.folder),
+            "checkpoint": str(finished.checkpoint),
             "loss curve": str(curve),
-            "reconstructions": str(picture),
+            "reconstructions": str(job.picture),
             "loss": " -> ".join(f"{record['loss']:.4f}" for record in metrics[:: max(len(metrics) - 1, 1)]),
-            "steps": f"{position.step} ({position.skipped} skipped)",
-            "images that could not be decoded": str(DecodingFailures(output).count),
-            "time": str(timedelta(seconds=round(seconds))),
+            "images that could not be decoded": str(DecodingFailures(finished.folder).count),
         },
     )
     loss = metrics[-1]["loss"] if metrics else math.nan
-    return PretrainingResult(output, newest, picture, curve, loss, position.step)
-
-
-def _draw(network: ConvMAE, images: Tensor, path: Path) -> None:
-    """Save the reconstructions of a few images, always under the same masks."""
-    network.eval()
-    visible = network.draw_visible(images, torch.Generator().manual_seed(0))
-    reconstructions = network.reconstruct(images, visible)
-    reconstruction_picture(path, list((images / 255).cpu()), list(visible.cpu()), list(reconstructions.cpu()))
-    network.train()
-
-
-def _decodes_on_device(
-    decode: str, source: ImageCollection | ImageStream, in_channels: int, device: torch.device
-) -> bool:
-    """Whether the device decodes; raises UserError where it cannot."""
-    check_choice("decode", decode, ("cpu", "gpu"))
-    if decode == "gpu" and isinstance(source, ImageStream):
-        raise UserError(f"{source.name} is a stream, which only the CPU decodes: leave --decode out")
-    if decode == "gpu" and in_channels == 4:
-        raise UserError("a GPU decodes no RGBA: leave --decode out, or use --in-channels 3")
-    if decode == "gpu" and device.type != "cuda":
-        raise UserError(f"--decode gpu needs a CUDA device, this run is on {device.type}: leave it out")
-    return decode == "gpu"
-
-
-def _examples(source: ImageCollection, crop: RandomCrop, seed: int) -> list[Tensor]:
-    """The images of every picture of the run."""
-    images = TrainingImages(source, crop, seed)
-    count = min(_EXAMPLES, len(images))
-    return [images[0, number * len(images) // count]["images"][0] for number in range(count)]
+    return PretrainingResult(finished.folder, finished.checkpoint, job.picture, curve, loss, finished.position.step)

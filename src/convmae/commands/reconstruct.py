@@ -16,7 +16,7 @@ from convmae.data.sources import ImageCollection, open_images
 from convmae.errors import UserError
 from convmae.masking import random_visible
 from convmae.models.autoencoder import ConvMAE
-from convmae.models.encoder import PATCH, grid_of
+from convmae.models.config import PATCH, grid_of
 from convmae.models.registry import load
 from convmae.visualize import reconstruction_picture
 

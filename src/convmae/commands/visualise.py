@@ -16,17 +16,18 @@ from convmae.commands.inference import (
     open_pictures,
     report_damaged,
 )
+from convmae.commands.options import ImageOptions, spread
 from convmae.data.loading import EvaluationImages
 from convmae.errors import UserError
 from convmae.evaluation.components import principal_components
 from convmae.models.attention import Attention
-from convmae.models.encoder import grid_of
-from convmae.training.engine import DeviceOptions
+from convmae.models.config import grid_of
 from convmae.visualize import encoder_picture
 
 _MOST_IMAGES = 64
 
 
+@spread("reading")
 def visualise(
     images: str,
     weights: Path,
@@ -36,9 +37,7 @@ def visualise(
     crop_pct: float | None = None,
     token: tuple[int, int] | None = None,
     head: int | None = None,
-    split: str = "train",
-    skip_damaged: bool = False,
-    engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
+    reading: ImageOptions = ImageOptions(),
 ) -> Path:
     """Draw the principal components of the last map as colours, and the attention of one token.
 
@@ -54,9 +53,6 @@ def visualise(
         crop_pct: share of the resized shorter side that this crop keeps; by default that of the weights, or 0.875.
         token: row and column of the token, from 0 to image_size / 16 - 1; by default the one at the centre.
         head: number of the attention head, from 0; by default the mean over all.
-        split: of a Hugging Face data set.
-        skip_damaged: leave out and list images that cannot be decoded instead of stopping.
-        engine: device and precision.
 
     Returns the path of the picture. Raises UserError for input that cannot work.
     """
@@ -70,13 +66,13 @@ def visualise(
             f"token {row}, {column} is outside the grid of {height} x {width} tokens: choose 0, 0 to "
             f"{height - 1}, {width - 1}, or a larger image_size"
         )
-    pictures = open_pictures(images, split)
-    model = load_trained(weights, image_size, crop_pct, engine)
+    pictures = open_pictures(images, reading.split)
+    model = load_trained(weights, image_size, crop_pct, reading.engine)
     attention: Any = model.network.encoder.stage3[-1].attn
     if head is not None and not 0 <= head < attention.num_heads:
         raise UserError(f"there is no head {head}: the last block has heads 0 to {attention.num_heads - 1}")
 
-    dataset = EvaluationImages(pictures, model.center_crop, skip_damaged)
+    dataset = EvaluationImages(pictures, model.center_crop, reading.skip_damaged)
     count = min(count, len(pictures))
     chosen = [number * len(pictures) // count for number in range(count)]
     samples = [dataset[number] for number in chosen]

@@ -9,8 +9,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from convmae.errors import UserError
-from convmae.training.run import check_choice
+from convmae.errors import UserError, check_choice
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,9 @@ class RunLog:
         if options.wandb is not None:
             self._loggers.append(_wandb(options.wandb, folder))
 
-    def start(self, epochs: int, total_steps: int, step: int) -> None:
-        """Show the progress bar from `step` on."""
-        self._epochs = epochs
+    def start(self, epochs: int, total_steps: int, step: int, unit: str = "images") -> None:
+        """Show the progress bar from `step` on. unit: what a second's speed counts."""
+        self._epochs, self._unit = epochs, unit
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -89,7 +89,8 @@ class RunLog:
         if not self.active:
             return
         self._write(step, epoch, values)
-        figures = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:.0f} images/s"
+        speed = f"{values[f'{self._unit}_per_second']:.0f} {self._unit}/s"
+        figures = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {speed}"
         self._progress.update(self._task, figures=figures)
         if not self.console.is_terminal:  # a log file gets lines instead of a bar
             start, first = self._began

@@ -27,12 +27,13 @@ class Plan:
 
     epochs: int
     steps_per_epoch: int
-    batch_size: int  # images a step, over all processes and passes
+    batch_size: int  # of `unit` a step, over all processes and passes
     accumulate: int = 1  # forward and backward passes a step
     clip_grad: float | None = None
     log_every_steps: int = 20
     checkpoint_every_epochs: int = 10
     max_skipped: int = 20  # steps in a row whose gradient is not finite, before the run stops
+    unit: str = "images"  # what a batch is of
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Position:
 def describe_run(plan: Plan, fabric: Fabric, restored: dict[str, Any] | None) -> str:
     """How long a run is, on what, and from which step on where it is resumed: the end of its first line."""
     return (
-        f"{plan.epochs} epochs of {plan.steps_per_epoch} steps of {plan.batch_size} images; "
+        f"{plan.epochs} epochs of {plan.steps_per_epoch} steps of {plan.batch_size} {plan.unit}; "
         f"{fabric.world_size} x {fabric.device.type}, {fabric._precision.precision}"
         + (f"; resumed at step {restored['step']}" if restored else "")
     )
@@ -65,8 +66,9 @@ def train(
     model: _FabricModule,
     optimizer: _FabricOptimizer,
     schedule: Scheduler,
-    batches: Callable[[int, int], Iterable[Any]],
     plan: Plan,
+    *,
+    batches: Callable[[int, int], Iterable[Any]],
     checkpoints: CheckpointFolder,
     write_model: Callable[[Path], None],
     log: RunLog,
@@ -100,7 +102,7 @@ def train(
         return path
 
     model.train()
-    log.start(plan.epochs, total, position.step)
+    log.start(plan.epochs, total, position.step, plan.unit)
     with StopSignal() as stop:
         for epoch in range(position.step // plan.steps_per_epoch, plan.epochs):
             done = position.step % plan.steps_per_epoch
@@ -134,7 +136,7 @@ def train(
                         "loss": (mean[0] / mean[1]).item(),
                         "lr": max(group["lr"] for group in optimizer.param_groups),  # of the last layer
                         "grad_norm": norm.item(),
-                        "images_per_second": steps * plan.batch_size / seconds,
+                        f"{plan.unit}_per_second": steps * plan.batch_size / seconds,
                         "skipped_steps": position.skipped,
                     }
                     log.metrics(position.step, epoch, figures)

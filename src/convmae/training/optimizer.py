@@ -96,11 +96,23 @@ class LarsOptions:
     """Momentum."""
 
 
-def build_optimizer(model: nn.Module, options: OptimizerOptions, batch_size: int) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `model`, no decay on biases and norms, at base_lr * batch_size / 256.
+def build_optimizer(
+    model: nn.Module, options: OptimizerOptions | LarsOptions, batch_size: int
+) -> torch.optim.Optimizer:
+    """AdamW or LARS, as the options are, over the trainable parameters of `model`, at base_lr * batch_size / 256.
 
-    With LayerDecayOptions the model tells its layers by timm's contract, `group_matcher` and `no_weight_decay`.
+    AdamW decays no biases and norms; with LayerDecayOptions the model tells its layers by timm's contract,
+    `group_matcher` and `no_weight_decay`. LARS decays nothing, and biases take plain steps.
     """
+    learning_rate = options.base_lr * batch_size / 256
+    if isinstance(options, LarsOptions):
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        matrices, others = ([p for p in trainable if (p.ndim > 1) is matrix] for matrix in (True, False))
+        return Lars(
+            [{"params": matrices, "always_adapt": True}, {"params": others}],
+            lr=learning_rate,
+            momentum=options.momentum,
+        )
     if isinstance(options, LayerDecayOptions):
         if not 0 < options.layer_decay <= 1:
             raise UserError(f"a layer decay of {options.layer_decay} is out of range: choose one in (0, 1]")
@@ -109,13 +121,7 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions, batch_size: int
     else:
         groups = param_groups_weight_decay(model, options.weight_decay)
     # Fused AdamW can skip a step on the device, which the loop needs for losses that are not finite.
-    return torch.optim.AdamW(groups, lr=options.base_lr * batch_size / 256, betas=options.betas, fused=True)
-
-
-def build_lars(layer: nn.Linear, options: LarsOptions, batch_size: int) -> Lars:
-    """LARS without weight decay over one linear layer, at base_lr * batch_size / 256; the bias takes plain steps."""
-    groups = [{"params": [layer.weight], "always_adapt": True}, {"params": [layer.bias]}]
-    return Lars(groups, lr=options.base_lr * batch_size / 256, momentum=options.momentum)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=options.betas, fused=True)
 
 
 def build_schedule(

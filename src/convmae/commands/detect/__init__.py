@@ -1,7 +1,7 @@
 """`convmae detect`: object detection and instance segmentation, by a Mask R-CNN on the encoder."""
 
-from convmae.commands.detect.evaluation import evaluate
-from convmae.commands.detect.prediction import predict
-from convmae.commands.detect.training import train
+from convmae.commands.detect.evaluate import evaluate
+from convmae.commands.detect.predict import predict
+from convmae.commands.detect.train import train
 
 __all__ = ["evaluate", "predict", "train"]

@@ -12,14 +12,12 @@ from rich.text import Text
 from torch import Tensor
 
 from convmae.commands.inference import OrderedBatches, load_trained_segmenter, open_pictures, report_damaged
-from convmae.commands.segment.inference import Inference, InferenceOptions
+from convmae.commands.options import BatchOptions, ImageOptions, spread
 from convmae.data.images import decode_image
-from convmae.data.segmentation import collate_views
 from convmae.data.sources import ImageCollection
-from convmae.errors import UserError
+from convmae.errors import UserError, check_positive
+from convmae.tasks.segmentation.views import Inference, InferenceOptions
 from convmae.training.checkpoint import replace_file
-from convmae.training.engine import DeviceOptions
-from convmae.training.run import check_positive
 from convmae.visualize import SegmentedPicture, segmentation_picture
 
 _SHOWN = 20  # pictures in the table on the terminal
@@ -36,6 +34,7 @@ class SegmentationResult:
     """The drawn pictures, with a legend."""
 
 
+@spread("reading")
 @torch.inference_mode()
 def predict(
     images: str,
@@ -43,10 +42,8 @@ def predict(
     output: Path = Path("segmentation"),
     draw: int = 100,
     batch_size: int = 4,
-    split: str = "train",
-    skip_damaged: bool = False,
-    inference: InferenceOptions = InferenceOptions(),  # noqa: B008 (frozen)
-    engine: DeviceOptions = DeviceOptions(),  # noqa: B008
+    reading: ImageOptions = ImageOptions(),
+    inference: InferenceOptions = InferenceOptions(),
 ) -> SegmentationResult:
     """Segment pictures: write label maps, and draw the classes over the pictures, with a legend.
 
@@ -56,10 +53,7 @@ def predict(
         output: a folder for label_maps/ and overlays/.
         draw: the most pictures to draw, the first ones; 0 for none.
         batch_size: windows at a time.
-        split: of a Hugging Face data set.
-        skip_damaged: leave out and list images that cannot be decoded instead of stopping.
         inference: sliding window or whole pictures, several scales, mirrored.
-        engine: device and precision.
 
     Raises UserError for weights without a segmenter, for unreadable images, for two of one name, and for an output
     among them.
@@ -72,12 +66,13 @@ def predict(
         raise UserError(f"{output} is a file: choose a folder for the label maps")
     if Path(images).is_dir() and str(images) != "demo" and output.resolve().is_relative_to(Path(images).resolve()):
         raise UserError(f"{output} lies among the pictures of {images}: choose another --output")
-    pictures = open_pictures(images, split)
+    pictures = open_pictures(images, reading.split)
     names = _file_names(images, pictures)
-    model = load_trained_segmenter(weights, engine)
+    model = load_trained_segmenter(weights, reading.engine)
     network = model.network
-    infer = Inference(inference, network.settings, batch_size)
-    batches = OrderedBatches(model, infer.transform, pictures, 1, skip_damaged, "segmenting", collate_fn=collate_views)
+    infer = Inference(inference, network, batch_size)
+    one_by_one = BatchOptions(reading.split, reading.skip_damaged, reading.engine, batch_size=1)  # sizes differ
+    batches = OrderedBatches(model, infer.transform, pictures, one_by_one, "segmenting")
     first_label = int(network.settings["reduce_zero_label"])
     label_maps: list[Path] = []
     overlays: list[Path] = []

@@ -6,14 +6,13 @@ from typing import Literal
 
 from rich.console import Console
 
-from convmae.commands.detect.judgement import DetectionQuality, Judge, print_quality
-from convmae.commands.downstream import gathered, tracked
 from convmae.commands.inference import checked_output, load_trained_detector, report_damaged
-from convmae.data.detection import find_coco, open_coco
-from convmae.errors import UserError
+from convmae.data.coco import find_coco, open_coco
+from convmae.errors import UserError, check_positive
+from convmae.tasks.detection.judge import DetectionQuality, Judge, print_quality
+from convmae.tasks.processes import gathered, loading, tracked
 from convmae.training.checkpoint import replace_file
 from convmae.training.engine import EngineOptions
-from convmae.training.run import check_positive
 
 
 def evaluate(
@@ -26,7 +25,7 @@ def evaluate(
     image_size: int | tuple[int, int] | None = None,
     batch_size: int = 8,
     skip_damaged: bool = False,
-    engine: EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
+    engine: EngineOptions = EngineOptions(),
 ) -> DetectionQuality:
     """Judge a detector by the twelve COCO figures of its boxes and of its masks.
 
@@ -61,11 +60,9 @@ def evaluate(
         fabric,
         source,
         model.image_size,
-        network.settings["in_channels"],
+        network.in_channels,
         lambda _, failed: damaged.extend(failed),
-        batch_size,
-        model.workers,
-        skip_damaged,
+        loading(fabric, engine, batch_size, skip_damaged),
     )
     found = list(tracked(fabric, judge.detections(network), len(source), "detecting"))
     results = gathered(fabric, found)

@@ -5,17 +5,16 @@ from typing import Literal
 
 from rich.console import Console
 
-from convmae.commands.downstream import gathered, tracked
 from convmae.commands.inference import checked_output, load_trained_segmenter, report_damaged
-from convmae.commands.segment.inference import Inference, InferenceOptions
-from convmae.commands.segment.judgement import Judge, print_quality, write_quality
-from convmae.data.segmentation import calls_classes, find_ade20k, names_classes, open_segmentation, read_classes
-from convmae.errors import UserError
+from convmae.data.ade20k import calls_classes, find_ade20k, names_classes, open_segmentation, read_classes
+from convmae.errors import UserError, check_positive
 from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.models.segmenter import Segmenter
+from convmae.tasks.processes import gathered, loading, tracked
+from convmae.tasks.segmentation.judge import Judge, print_quality, write_quality
+from convmae.tasks.segmentation.views import Inference, InferenceOptions
 from convmae.training.checkpoint import replace_file
 from convmae.training.engine import EngineOptions
-from convmae.training.run import check_positive
 
 
 def evaluate(
@@ -28,8 +27,8 @@ def evaluate(
     output: Path | None = None,
     batch_size: int = 8,
     skip_damaged: bool = False,
-    inference: InferenceOptions = InferenceOptions(),  # noqa: B008 (frozen)
-    engine: EngineOptions = EngineOptions(),  # noqa: B008
+    inference: InferenceOptions = InferenceOptions(),
+    engine: EngineOptions = EngineOptions(),
 ) -> SegmentationQuality:
     """Judge a segmenter by the overlap of predicted and true classes (mIoU) and by accuracy, in total and by class.
 
@@ -66,10 +65,9 @@ def evaluate(
     judge = Judge(
         fabric,
         source,
-        Inference(inference, network.settings, batch_size),
+        Inference(inference, network, batch_size),
         lambda _, failed: damaged.extend(failed),
-        model.workers,
-        skip_damaged,
+        loading(fabric, engine, batch_size, skip_damaged),
     )
     quality = judge(network, lambda pictures: list(tracked(fabric, pictures, len(source), "segmenting")))
     left_out = [*source.left_out, *gathered(fabric, damaged)]

@@ -1,4 +1,4 @@
-"""How good a detector is on annotated pictures, over all processes: what training and evaluation share."""
+"""How good a detector is on annotated images, over all processes: what training and evaluation share."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -8,15 +8,15 @@ from typing import Any, Literal, cast
 import torch
 from lightning.fabric import Fabric
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from convmae.commands.downstream import gathered, percent, share_buffers
-from convmae.data.detection import CocoImages, ResizeAndPad, collate_resized
-from convmae.data.loading import build_evaluation_loader
+from convmae.data.coco import CocoImages
+from convmae.data.detection import ResizeAndPad
+from convmae.data.loading import Loading, build_evaluation_loader
 from convmae.errors import UserError
 from convmae.evaluation.detection import CocoFigures, coco_results, judge_detections
 from convmae.models.detector import Detector
+from convmae.tasks.processes import gathered, share_buffers
+from convmae.tasks.tables import shares_table
 
 ImageResults = tuple[int, list[dict[str, Any]]]
 """A picture's id, and what was found in it as COCO's results."""
@@ -57,23 +57,11 @@ class Judge:
         image_size: tuple[int, int],
         in_channels: int,
         record: Callable[[int, Sequence[str]], None],
-        batch_size: int,
-        workers: int,
-        skip_damaged: bool,
+        loading: Loading,
     ) -> None:
-        """image_size: (H, W) into which pictures are fitted. record: told of each batch, see DecodingFailures."""
+        """image_size: (H, W) into which images are fitted. record: told of each batch, see DecodingFailures."""
         self._fabric, self._source, self._record = fabric, source, record
-        self._loader = build_evaluation_loader(
-            source,
-            ResizeAndPad(image_size, in_channels),
-            batch_size=batch_size,
-            collate_fn=collate_resized,
-            skip_damaged=skip_damaged,
-            num_workers=workers,
-            pin_memory=fabric.device.type == "cuda",
-            num_replicas=fabric.world_size,
-            rank=fabric.global_rank,
-        )
+        self._loader = build_evaluation_loader(source, ResizeAndPad(image_size, in_channels), loading)
         self._truth = source.ground_truth() if fabric.is_global_zero else None
 
     def __call__(self, network: Detector) -> DetectionQuality:
@@ -113,21 +101,11 @@ class Judge:
 
 def print_quality(quality: DetectionQuality, classes: Sequence[str], console: Console) -> None:
     """COCO's twelve figures of boxes and of masks, and the AP of each class, in per cent."""
-    table = Table(title="COCO's figures, %", title_justify="left")
-    table.add_column("")
-    for name in ("boxes", "masks"):
-        table.add_column(name, justify="right")
     kinds = (quality.boxes, quality.masks)
-    for name, meaning in _MEANINGS.items():
-        table.add_row(f"{name}, {meaning}", *(percent(getattr(kind, name)) for kind in kinds))
-    console.print(table)
-    table = Table(title="AP by class, %", title_justify="left")
-    table.add_column("class", overflow="fold")
-    for name in ("boxes", "masks"):
-        table.add_column(name, justify="right")
-    for name, *shares in zip(classes, *(kind.per_class for kind in kinds), strict=True):
-        table.add_row(Text(name), *map(percent, shares))
-    console.print(table)
+    totals = ((f"{name}, {meaning}", *(getattr(kind, name) for kind in kinds)) for name, meaning in _MEANINGS.items())
+    console.print(shares_table("COCO's figures, %", ("boxes", "masks"), totals))
+    rows = zip(classes, *(kind.per_class for kind in kinds), strict=True)
+    console.print(shares_table("AP by class, %", ("boxes", "masks"), rows, "class"))
 
 
 _MEANINGS = {

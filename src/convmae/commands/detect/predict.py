@@ -12,13 +12,13 @@ from rich.text import Text
 from torch import Tensor
 
 from convmae.commands.inference import OrderedBatches, load_trained_detector, open_pictures, report_damaged
-from convmae.data.detection import ResizeAndPad, collate_resized
+from convmae.commands.options import BatchOptions, spread
+from convmae.data.detection import ResizeAndPad
 from convmae.data.images import decode_image
 from convmae.data.sources import ImageCollection
 from convmae.errors import UserError
 from convmae.evaluation.detection import coco_results
 from convmae.training.checkpoint import replace_file
-from convmae.training.engine import DeviceOptions
 from convmae.visualize import DrawnPicture, detection_picture
 
 RESULTS_FILE = "detections.json"
@@ -37,6 +37,7 @@ class DetectionsResult:
     """Detections that reach the threshold, in all pictures."""
 
 
+@spread("reading")
 @torch.inference_mode()
 def predict(
     images: str,
@@ -46,12 +47,11 @@ def predict(
     draw: int = 100,
     annotations: Path | None = None,
     image_size: int | tuple[int, int] | None = None,
-    batch_size: int = 2,
-    split: str = "train",
-    skip_damaged: bool = False,
-    engine: DeviceOptions = DeviceOptions(),  # noqa: B008 (frozen)
+    reading: BatchOptions = BatchOptions(batch_size=2),
 ) -> DetectionsResult:
-    """Find objects in pictures: write COCO's results, and draw boxes, masks, names and scores.
+    """Find objects in images: write COCO's results, and draw boxes, masks, names and scores.
+
+    All masks of a batch's objects are in memory, a byte a pixel.
 
     Args:
         images: an image, a folder of images at any depth, hfds/NAME, or demo.
@@ -63,10 +63,6 @@ def predict(
             pictures are numbered from 1 on.
         image_size: pixels into which pictures are fitted, one number or [height, width], multiples of 32; by default
             that of the training.
-        batch_size: pictures at a time; all masks of their objects are in memory, a byte a pixel.
-        split: of a Hugging Face data set.
-        skip_damaged: leave out and list images that cannot be decoded instead of stopping.
-        engine: device and precision.
 
     Raises UserError for weights without a detector, for unreadable images, and for those that `annotations` lacks.
     """
@@ -75,12 +71,12 @@ def predict(
     output = Path(output)  # Python callers may pass a string
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: choose a folder for the detections")
-    pictures = open_pictures(images, split)
+    pictures = open_pictures(images, reading.split)
     image_ids = _image_ids(pictures, annotations)
-    model = load_trained_detector(weights, image_size, engine)
+    model = load_trained_detector(weights, image_size, reading.engine)
     network = model.network
-    fit = ResizeAndPad(model.image_size, network.settings["in_channels"])
-    batches = OrderedBatches(model, fit, pictures, batch_size, skip_damaged, "detecting", collate_fn=collate_resized)
+    fit = ResizeAndPad(model.image_size, network.in_channels)
+    batches = OrderedBatches(model, fit, pictures, reading, "detecting")
     (output / "pictures").mkdir(parents=True, exist_ok=True)
     category_ids = network.settings["category_ids"] or range(1, network.num_classes + 1)
     results: list[dict[str, Any]] = []

@@ -3,21 +3,21 @@
 import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from convmae.commands.downstream import percent, share_buffers
-from convmae.commands.segment.inference import Inference
-from convmae.data.loading import build_evaluation_loader
-from convmae.data.segmentation import SegmentationImages, collate_views
+from convmae.data.ade20k import SegmentationImages
+from convmae.data.loading import Loading, build_evaluation_loader
 from convmae.errors import UserError
 from convmae.evaluation.segmentation import SegmentationMetrics, SegmentationQuality
 from convmae.models.segmenter import Segmenter
+from convmae.tasks.processes import share_buffers
+from convmae.tasks.segmentation.views import Inference
+from convmae.tasks.tables import shares_table
 
 
 class Judge:
@@ -29,22 +29,12 @@ class Judge:
         source: SegmentationImages,
         inference: Inference,
         record: Callable[[int, Sequence[str]], None],
-        workers: int,
-        skip_damaged: bool,
+        loading: Loading,
     ) -> None:
-        """record: told of each picture, see DecodingFailures."""
+        """record: told of each image, see DecodingFailures. loading: of one image at a time, whatever it says."""
         self._fabric, self._source, self._inference, self._record = fabric, source, inference, record
-        self._loader = build_evaluation_loader(
-            source,
-            inference.transform,
-            batch_size=1,  # they have different sizes
-            collate_fn=collate_views,
-            skip_damaged=skip_damaged,
-            num_workers=workers,
-            pin_memory=fabric.device.type == "cuda",
-            num_replicas=fabric.world_size,
-            rank=fabric.global_rank,
-        )
+        one_by_one = replace(loading, batch_size=1)  # they have different sizes
+        self._loader = build_evaluation_loader(source, inference.transform, one_by_one)
 
     def __call__(self, network: Segmenter, progress: Callable[[Iterator[None]], object] = list) -> SegmentationQuality:
         """The quality, the same in every process; the segmenter is put into evaluation mode and back.
@@ -76,20 +66,14 @@ class Judge:
 
 def print_quality(quality: SegmentationQuality, classes: Sequence[str], console: Console) -> None:
     """The three means, and overlap, accuracy and share of the pixels of each class, in per cent."""
-    table = Table(title="segmentation, %", title_justify="left")
-    table.add_column("")
-    table.add_column("", justify="right")
-    table.add_row("mIoU, overlap of predicted and true pixels, mean of the classes", percent(quality.mIoU))
-    table.add_row("mAcc, share of a class's pixels that are found, mean of the classes", percent(quality.mAcc))
-    table.add_row("aAcc, share of all pixels that are right", percent(quality.aAcc))
-    console.print(table)
-    table = Table(title="by class, %", title_justify="left")
-    table.add_column("class", overflow="fold")
-    for name in ("IoU", "accuracy", "of all pixels"):
-        table.add_column(name, justify="right")
-    for name, *shares in _by_class(quality, classes):
-        table.add_row(Text(name), *map(percent, shares))
-    console.print(table)
+    totals = [
+        ("mIoU, overlap of predicted and true pixels, mean of the classes", quality.mIoU),
+        ("mAcc, share of a class's pixels that are found, mean of the classes", quality.mAcc),
+        ("aAcc, share of all pixels that are right", quality.aAcc),
+    ]
+    console.print(shares_table("segmentation, %", [""], totals))
+    names = ("IoU", "accuracy", "of all pixels")
+    console.print(shares_table("by class, %", names, _by_class(quality, classes), "class"))
 
 
 def write_quality(path: Path, quality: SegmentationQuality, classes: Sequence[str]) -> None:

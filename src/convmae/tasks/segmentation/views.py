@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from convmae.data.segmentation import ResizeShorterSide
 from convmae.errors import UserError
-from convmae.models.encoder import height_and_width
+from convmae.models.config import height_and_width
 from convmae.models.segmenter import Segmenter, checked_size, checked_stride
 
 
@@ -31,15 +30,15 @@ class InferenceOptions:
 
 
 class Inference:
-    """The options as a segmenter of certain settings takes them; `transform` makes its views of pictures."""
+    """The options as a certain segmenter takes them; `transform` makes its views of images."""
 
-    def __init__(self, options: InferenceOptions, settings: dict[str, Any], windows_at_a_time: int) -> None:
+    def __init__(self, options: InferenceOptions, network: Segmenter, windows_at_a_time: int) -> None:
         """Raises UserError for options that cannot be."""
-        size = settings["image_size"]
+        size = network.image_size
         if options.whole and (options.window is not None or options.stride is not None):
             raise UserError("whole pictures need no window or stride: leave out --inference.whole or the others")
         self.transform = ResizeShorterSide(
-            min(size) if options.shorter_side is None else options.shorter_side, settings["in_channels"], options.scales
+            min(size) if options.shorter_side is None else options.shorter_side, network.in_channels, options.scales
         )
         self._window = self._stride = None
         if not options.whole:  # what cannot be is said now, not after the first epochs of a training
@@ -50,5 +49,6 @@ class Inference:
 
     def __call__(self, network: Segmenter, views: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """A picture's views, uint8 (C, h, w) each -> the class of each of its (H, W) pixels, int64."""
-        on_device = [view[None].to(network.encoder.pos_embed.device, non_blocking=True) for view in views]
+        device = next(network.parameters()).device
+        on_device = [view[None].to(device, non_blocking=True) for view in views]
         return network.segment(on_device, size, self._window, self._stride, self._flip, self._windows_at_a_time)[0]

@@ -1,0 +1,201 @@
+"""`convmae segment train`: images with label maps in, an UperNet out, from pretrained weights or from scratch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from convmae.commands.options import flat_settings, origin_of, spread
+from convmae.data.ade20k import find_ade20k, is_ade20k, open_segmentation, read_classes
+from convmae.data.failures import DecodingFailures
+from convmae.data.segmentation import RandomScaleCrop
+from convmae.errors import UserError
+from convmae.evaluation.segmentation import SegmentationQuality
+from convmae.kinds import create_segmenter, load_segmenter
+from convmae.models.config import height_and_width
+from convmae.models.segmenter import Segmenter, checked_size
+from convmae.tasks.processes import demo_scenes, loading
+from convmae.tasks.segmentation.job import SegmentationJob
+from convmae.tasks.segmentation.judge import write_quality
+from convmae.tasks.segmentation.pictures import draw_examples
+from convmae.tasks.segmentation.views import Inference, InferenceOptions
+from convmae.training.checkpoint import CheckpointOptions
+from convmae.training.logging import read_metrics
+from convmae.training.optimizer import SegmentationOptimizerOptions
+from convmae.training.options import SupervisedRunOptions
+from convmae.training.run import Finished, Run, divide_batch
+from convmae.visualize import confusion_picture, loss_curve
+
+
+@dataclass(frozen=True)
+class VariationOptions:
+    """How training pictures are varied; the defaults are those of the paper's segmenter."""
+
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Smallest and largest size of a picture, 1 being that at which its shorter side is image_size's."""
+    largest_share: float = 0.75
+    """A crop is drawn up to ten times, until no class has this share of its labelled pixels or more."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    distortion: float = 0.5
+    """Probability of each change of brightness, contrast, saturation and hue."""
+
+
+@dataclass(frozen=True)
+class SegmenterTrainingResult:
+    """Where a finished run left what it made, and how good the kept model is on the validation pictures."""
+
+    folder: Path
+    checkpoint: Path
+    """Folder with the best model's file; pass it to convmae.load or any --weights."""
+    quality: SegmentationQuality
+    picture: Path
+    """Validation pictures as annotated and as segmented."""
+    loss_curve: Path
+    steps: int
+
+
+@spread("options")
+def train(
+    data: str | None = None,
+    weights: Path | None = None,
+    model: str = "base",
+    options: SupervisedRunOptions = SupervisedRunOptions(
+        output=Path("runs/segment"),
+        epochs=127,
+        batch_size=16,
+        optimizer=SegmentationOptimizerOptions(),
+        checkpoint=CheckpointOptions(every_epochs=1, keep=1),
+    ),
+    classes: Path | None = None,
+    reduce_zero_label: bool | None = None,
+    train_images: Path | None = None,
+    train_annotations: Path | None = None,
+    val_images: Path | None = None,
+    val_annotations: Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    in_channels: int | None = None,
+    drop_path: float = 0.2,
+    skip_damaged: bool = False,
+    variation: VariationOptions = VariationOptions(),
+    inference: InferenceOptions = InferenceOptions(),
+) -> SegmenterTrainingResult:
+    """Train an UperNet on a pretrained encoder, or from scratch.
+
+    The defaults are the paper's: 127 epochs of ADE20K are its 160,000 iterations.
+
+    Args:
+        data: a folder in ADE20K's layout (images/{training,validation}, annotations/{training,validation}); or demo,
+            for generated scenes that are written into output.
+        weights: a pretraining run, checkpoint or file, ours or published, or a segmenter's; left out, training starts
+            from scratch.
+        model: size, for training from scratch: tiny, small, base, large or huge.
+        classes: a text file with a class name in each line, in the order of the labels; by default classes.txt or
+            ADE20K's objectInfo150.txt in data.
+        reduce_zero_label: whether label 0 is no class and label 1 the first; by default so for ADE20K, which has
+            objectInfo150.txt (in data, or given as classes), and not for others.
+        train_images: another folder of training images than that of data.
+        train_annotations: the folder of their label maps, 8-bit PNG files of the same names.
+        val_images: the same for the images that decide which model is the best.
+        val_annotations: the folder of the label maps of these.
+        image_size: pixels of the crops, one number or [height, width], multiples of 16 from 48 on; by default that of a
+            segmenter's weights, else 512, for the demo 128.
+        in_channels: 1 (grey), 3 (RGB) or 4 (RGBA); by default that of the weights, else 3.
+        drop_path: rate of stochastic depth in the encoder's last block; it grows linearly from 0.
+        skip_damaged: leave out and list images that are damaged or have no usable label map instead of stopping.
+        variation: how training images are varied.
+        inference: how validation images are put through the segmenter.
+
+    Raises UserError for settings or data that cannot work, and Interrupted after SIGTERM or Ctrl-C, a checkpoint being
+    written.
+    """
+    settings = flat_settings(locals())
+    if not 0 <= drop_path < 1:
+        raise UserError(f"drop_path is {drop_path}: choose it from 0 to less than 1")
+    run = Run(options, settings)
+    fabric = run.start()
+    if data == "demo":
+        image_size = checked_size(height_and_width(image_size or 128))
+        data = str(demo_scenes(fabric, options.output, "ade20k"))
+    root = None if data is None else Path(data)
+    training_folders = find_ade20k(
+        root, "train", train_images, train_annotations, ("--train-images", "--train-annotations")
+    )
+    validation_folders = find_ade20k(root, "val", val_images, val_annotations, ("--val-images", "--val-annotations"))
+    if reduce_zero_label is None:
+        reduce_zero_label = is_ade20k(root, classes)
+    names = read_classes(root, classes)
+    training = open_segmentation(*training_folders, names, reduce_zero_label, skip_damaged)
+    validation = open_segmentation(*validation_folders, names, reduce_zero_label, skip_damaged)
+
+    torch.manual_seed(options.seed)
+    stated = {
+        "image_size": None if image_size is None else height_and_width(image_size),
+        "in_channels": in_channels,
+    }
+    network = _network(
+        weights,
+        model,
+        num_classes=len(names),
+        classes=names,
+        reduce_zero_label=reduce_zero_label,
+        drop_path=drop_path,
+        **{name: value for name, value in stated.items() if value is not None},
+    )
+    network.set_grad_checkpointing(options.grad_checkpointing)
+    images_of_a_pass = divide_batch(options.batch_size, fabric.world_size, options.accumulate)
+    infer = Inference(inference, network, images_of_a_pass)
+    job = SegmentationJob(
+        fabric,
+        network,
+        training,
+        validation,
+        RandomScaleCrop(
+            network.image_size,
+            variation.scale,
+            variation.largest_share,
+            variation.flip,
+            variation.distortion,
+            network.in_channels,
+        ),
+        infer,
+        loading(fabric, options.engine, images_of_a_pass, skip_damaged),
+        origin=origin_of(weights, model),
+        folder=options.output,
+        seed=options.seed,
+    )
+    finished = run.train(fabric, job)
+    picture = options.output / "segmentation.png"
+    if fabric.is_global_zero:
+        draw_examples(picture, cast(Segmenter, finished.network), validation, infer)
+    return _finish(finished, names, picture)
+
+
+def _network(weights: Path | None, model: str, **settings: Any) -> Segmenter:
+    """The segmenter to begin with."""
+    return create_segmenter(model, **settings) if weights is None else load_segmenter(weights, **settings)
+
+
+def _finish(finished: Finished[SegmentationQuality], classes: list[str], picture: Path) -> SegmenterTrainingResult:
+    """Draw curve and confusions, write the figures of each class and the summary, and say where everything is."""
+    quality, folder = cast(SegmentationQuality, finished.quality), finished.folder
+    curve, table, confusion = folder / "loss.png", folder / "per-class.csv", folder / "confusion.png"
+    if finished.log.active:
+        names = {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "aAcc"}
+        loss_curve(curve, read_metrics(folder), names, "validation (%)")
+        confusion_picture(confusion, quality.confusion, classes, "pixels")
+        write_quality(table, quality, classes)
+    finished.summary(
+        "segmenter finished",
+        {
+            "validation": f"mIoU {quality.mIoU:.1%}, mAcc {quality.mAcc:.1%}, aAcc {quality.aAcc:.1%}",
+            "best model": str(finished.checkpoint),
+            "picture": str(picture),
+            "figures by class": str(table),
+            "confusion of classes": str(confusion),
+            "loss curve": str(curve),
+            "left out as missing or damaged": str(DecodingFailures(folder).count),
+        },
+    )
+    return SegmenterTrainingResult(folder, finished.checkpoint, quality, picture, curve, finished.position.step)

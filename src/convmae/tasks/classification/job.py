@@ -1,0 +1,126 @@
+"""Labelled images as a run's job: varied batches, a classifier's loss, its accuracy on other images."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from convmae import weights
+from convmae.data.augmentation import Augmentation, AugmentationOptions, BatchAugmentation, CenterCrop
+from convmae.data.failures import DecodingFailures
+from convmae.data.loading import Loading, build_evaluation_loader, build_training_loader
+from convmae.data.sources import ImageCollection, ImageStream
+from convmae.errors import UserError
+from convmae.evaluation.accuracy import Accuracy, evaluate
+from convmae.kinds import told
+from convmae.models.classifier import Classifier
+from convmae.training.run import Job, Supervision
+
+
+class Supervised(nn.Module):
+    """A classifier with its loss: (normalised images (B, C, H, W), soft targets (B, N)) -> loss."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.criterion = SoftTargetCrossEntropy()
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Supervision:
+        images, targets = batch
+        return Supervision(self.criterion(self.classifier(images).float(), targets))
+
+
+class ClassificationJob(Job[Accuracy]):
+    """A model from images to logits on the labelled images of a source, judged on those of another."""
+
+    figure: str | None = "top1"
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        network: nn.Module,
+        encoder: Classifier,
+        training: ImageCollection | ImageStream,
+        validation: ImageCollection | ImageStream,
+        loading: Loading,
+        *,
+        origin: str,
+        data: str,
+        folder: Path,
+        augmentation: AugmentationOptions,
+        seed: int,
+        aug_repeats: int = 1,
+    ) -> None:
+        """network: what is trained, encoder: the classifier that it is or has, which tells how images are prepared.
+
+        folder: the run's. aug_repeats: how many of a batch's images are crops of one.
+        """
+        if (augmentation.mixup or augmentation.cutmix) and loading.batch_size % 2:
+            raise UserError(
+                f"mixup and cutmix need pairs, a pass has {loading.batch_size} images: choose an even number"
+            )
+        self.network, self.module = network, Supervised(network)
+        self.origin, self.data = origin, data
+        self.classes = list(training.classes)
+        count = training.reader.num_samples if isinstance(training, ImageStream) else len(training)
+        self.contents = f"{count} images of {len(self.classes)} classes"
+        self.failures = DecodingFailures(folder)
+        self._fabric, self._folder, self._seed, self._aug_repeats = fabric, folder, seed, aug_repeats
+        self._normalize = encoder.encoder.normalize
+        self._vary = BatchAugmentation(augmentation, len(self.classes), fabric.device)
+        size, channels = encoder.image_size, encoder.in_channels
+        self._training = build_training_loader(
+            training, Augmentation(size, channels, augmentation), loading, seed=seed, aug_repeats=aug_repeats
+        )
+        self._validation = build_evaluation_loader(validation, CenterCrop(size, channels, encoder.crop_pct), loading)
+
+    @property
+    def passes(self) -> int:
+        """Batches of an epoch for each process."""
+        self._training.set_position(0)
+        return len(self._training)
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Varied, normalised images (B, C, H, W) and soft targets (B, N) of an epoch, from batch number `first` on."""
+        self._training.set_position(epoch, first)
+        for number, batch in enumerate(self._training, start=first):
+            self.failures.record(len(batch["images"]) // self._aug_repeats, batch["failed"])
+            images, labels = self._on_device(batch)
+            yield self._vary(self._normalize(images), labels, self._seed, epoch, number, self._fabric.global_rank)
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images (B, C, H, W) and labels (B,), each image once over all processes."""
+        for batch in self._validation:
+            self.failures.record(len(batch["images"]), batch["failed"])
+            images, labels = self._on_device(batch)
+            if len(images):
+                yield images, labels
+
+    def judge(self, network: nn.Module) -> Accuracy:
+        """How good a network (images -> logits) is on the validation images of all processes."""
+        accuracy = evaluate(self._fabric, network, self.validation(), len(self.classes))
+        if not accuracy.confusion.sum():
+            raise UserError("no validation image can be decoded: check the files")
+        return accuracy
+
+    def warning(self) -> str | None:
+        """Where more images than the odd one cannot be decoded."""
+        return self.failures.warning()
+
+    def _on_device(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        device = self._fabric.device
+        return batch["images"].to(device, non_blocking=True), batch["labels"].to(device, non_blocking=True)
+
+
+class FinetuningJob(ClassificationJob):
+    """A classifier under training, which goes on with its own classes only."""
+
+    def load(self, file: Path, network: nn.Module) -> None:
+        """Fill the network; raises UserError where the file is of other classes."""
+        state, facts = weights.read(file)
+        if told(state, facts).head.get("classes") != self.classes:
+            raise UserError(f"{self._folder} holds a run with other classes than {self.data}: choose another --output")
+        weights.fill(network, state)

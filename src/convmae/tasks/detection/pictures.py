@@ -1,0 +1,44 @@
+"""A picture of some validation images with their annotations, and with what a detector finds."""
+
+from pathlib import Path
+
+import torch
+
+from convmae.data.coco import CocoImages
+from convmae.data.detection import LargeScaleJitter, ResizeAndPad
+from convmae.data.images import UndecodableImageError
+from convmae.models.detector import Detector
+from convmae.visualize import DrawnPicture, detection_picture
+
+_EXAMPLES = 6
+_DRAWN_SCORE = 0.5  # of the least certain detection
+
+
+@torch.inference_mode()
+def draw_examples(path: Path, network: Detector, validation: CocoImages) -> None:
+    """Save the picture; nothing where no example can be decoded."""
+    size, channels = network.image_size, network.in_channels
+    as_judged, annotated = ResizeAndPad(size, channels), LargeScaleJitter(size, (1.0, 1.0), 0.0, channels)
+    device = next(network.parameters()).device
+    network.eval()
+    pictures: list[DrawnPicture] = []
+    count = min(_EXAMPLES, len(validation))
+    for number in range(count):
+        index = number * len(validation) // count
+        try:
+            with validation.open(index) as file:
+                sample = as_judged(file)
+            with validation.open(index) as file:
+                truth = annotated(file, validation.annotation(index), [0])[0]["target"]
+        except (OSError, UndecodableImageError):
+            continue  # judging has listed it
+        height, width = sample["size"]
+        image = sample["image"][:, :height, :width] / 255
+        found = network.detect(sample["image"][None].to(device), [sample["size"]])[0]
+        kept = found["scores"] >= _DRAWN_SCORE
+        pictures += [
+            DrawnPicture(image, {**truth, "masks": truth["masks"][:, :height, :width]}, "annotated"),
+            DrawnPicture(image, {key: value[kept].cpu() for key, value in found.items()}, "detected"),
+        ]
+    if pictures:
+        detection_picture(path, [pictures[start : start + 4] for start in range(0, len(pictures), 4)], network.classes)

@@ -1,0 +1,138 @@
+"""Pretraining as a run's job: crops of unlabelled images, an objective's loss, pictures of what it makes of images."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from convmae.data.device_decoding import DeferredCrop, DeviceDecoder, collate_encoded
+from convmae.data.failures import DecodingFailures
+from convmae.data.images import RandomCrop
+from convmae.data.loading import Loading, TrainingImages, build_training_loader
+from convmae.data.sources import ImageCollection, ImageStream
+from convmae.errors import UserError, check_choice
+from convmae.objectives import Objective
+from convmae.training.run import Job, Judgement, Supervision
+from convmae.visualize import reconstruction_picture
+
+_EXAMPLES = 6  # images in a picture
+
+
+class SelfSupervised(nn.Module):
+    """An objective as the training loop takes it: images (B, C, H, W) -> its loss."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, images: Tensor) -> Supervision:
+        return Supervision(self.objective.training_loss(images))
+
+
+class PretrainingJob(Job[Judgement]):
+    """An objective on the images of a source; nothing judges it."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        objective: Objective,
+        source: ImageCollection | ImageStream,
+        crop: RandomCrop,
+        loading: Loading,
+        *,
+        origin: str,
+        folder: Path,
+        seed: int,
+        aug_repeats: int = 1,
+        decode: str = "cpu",
+        pictures_every_epochs: int = 0,
+    ) -> None:
+        """crop: of each image, a random one. folder: the run's. decode: "gpu" where the device decodes.
+
+        pictures_every_epochs: 0 draws the last only. Raises UserError where the device cannot decode.
+        """
+        if pictures_every_epochs < 0:
+            raise UserError("pictures_every_epochs must be at least 0: raise it")
+        self.network, self.module = objective, SelfSupervised(objective)
+        self.origin, self.data = origin, source.name
+        self.picture = folder / "reconstructions" / "latest.png"
+        self.failures = DecodingFailures(folder)
+        self._objective, self._fabric, self._aug_repeats = objective, fabric, aug_repeats
+        self._pictures_every_epochs = pictures_every_epochs
+        on_device = _decodes_on_device(decode, source, crop.in_channels, fabric.device)
+        self._loader = build_training_loader(
+            source,
+            DeferredCrop(crop) if on_device else crop,
+            loading,
+            seed=seed,
+            aug_repeats=aug_repeats,
+            collate_fn=collate_encoded if on_device else None,
+        )
+        self._decoder = None
+        if on_device:
+            assert isinstance(self._loader.dataset, TrainingImages)
+            self._decoder = DeviceDecoder(self._loader.dataset, crop, fabric.device)
+        self._examples = _examples(source, crop, seed) if isinstance(source, ImageCollection) else []
+
+    @property
+    def passes(self) -> int:
+        """Batches of an epoch for each process."""
+        self._loader.set_position(0)
+        return len(self._loader)
+
+    def batches(self, epoch: int, first: int) -> Iterator[Tensor]:
+        """Crops, uint8 (B, C, H, W) on the device."""
+        self._loader.set_position(epoch, first)
+        for found in self._loader:
+            batch = found if self._decoder is None else self._decoder(found)
+            self.failures.record(len(batch["images"]) // self._aug_repeats, batch["failed"])
+            if not self._examples:  # of a stream
+                self._examples.extend(batch["images"][:: self._aug_repeats][:_EXAMPLES].clone())  # the batch may go
+            yield batch["images"].to(self._fabric.device, non_blocking=True)
+
+    def after_step(self, step: int) -> None:
+        """Whatever the objective does then, such as moving a teacher on."""
+        self._objective.after_step(step)
+
+    def after_epoch(self, epoch: int, last: bool) -> None:
+        """Draw what the objective makes of the examples, where it is time to."""
+        every = self._pictures_every_epochs
+        if self._fabric.is_global_zero and (last or (every and (epoch + 1) % every == 0)):
+            self._draw(self.picture if last else self.picture.with_name(f"epoch-{epoch + 1:04d}.png"))
+
+    def warning(self) -> str | None:
+        """Where more images than the odd one cannot be decoded."""
+        return self.failures.warning()
+
+    def _draw(self, path: Path) -> None:
+        """Save the reconstructions of the examples, always under the same masks."""
+        images = torch.stack(self._examples).to(self._fabric.device)
+        self._objective.eval()
+        found = self._objective.examples(images)
+        if found is not None:
+            visible, reconstructions = found
+            reconstruction_picture(path, list((images / 255).cpu()), list(visible.cpu()), list(reconstructions.cpu()))
+        self._objective.train()
+
+
+def _decodes_on_device(
+    decode: str, source: ImageCollection | ImageStream, in_channels: int, device: torch.device
+) -> bool:
+    """Whether the device decodes; raises UserError where it cannot."""
+    check_choice("decode", decode, ("cpu", "gpu"))
+    if decode == "gpu" and isinstance(source, ImageStream):
+        raise UserError(f"{source.name} is a stream, which only the CPU decodes: leave --decode out")
+    if decode == "gpu" and in_channels == 4:
+        raise UserError("a GPU decodes no RGBA: leave --decode out, or use --in-channels 3")
+    if decode == "gpu" and device.type != "cuda":
+        raise UserError(f"--decode gpu needs a CUDA device, this run is on {device.type}: leave it out")
+    return decode == "gpu"
+
+
+def _examples(source: ImageCollection, crop: RandomCrop, seed: int) -> list[Tensor]:
+    """The images of every picture of the run."""
+    images = TrainingImages(source, crop, seed)
+    count = min(_EXAMPLES, len(images))
+    return [images[0, number * len(images) // count]["images"][0] for number in range(count)]

@@ -1,0 +1,81 @@
+"""What the processes of a run share: the images among them, batch statistics, and what each has found."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed
+from lightning.fabric import Fabric
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from convmae.data.loading import Loading
+from convmae.data.scenes import write_scenes
+from convmae.training.engine import DeviceOptions, loader_workers
+
+T = TypeVar("T")
+
+
+def loading(fabric: Fabric, engine: DeviceOptions, batch_size: int, skip_damaged: bool) -> Loading:
+    """How this process loads its share of the images, `batch_size` at a time."""
+    return Loading(
+        batch_size=batch_size,
+        skip_damaged=skip_damaged,
+        num_workers=loader_workers(engine, fabric),
+        pin_memory=fabric.device.type == "cuda",
+        num_replicas=fabric.world_size,
+        rank=fabric.global_rank,
+    )
+
+
+def demo_scenes(
+    fabric: Fabric, output: Path, layout: Literal["coco", "ade20k"], image_size: tuple[int, int] = (128, 128)
+) -> Path:
+    """The folder of generated scenes below a run's, written by one process."""
+    folder = output / "scenes"
+    if fabric.is_global_zero:
+        write_scenes(folder, layout, image_size=image_size)
+    fabric.barrier()
+    return folder
+
+
+def shares_batch_statistics(fabric: Fabric) -> bool:
+    """Whether batch normalisation sees the images of all processes; without GPUs torch's would not run."""
+    return fabric.world_size > 1 and fabric.device.type == "cuda"
+
+
+def share_batch_statistics(fabric: Fabric, network: nn.Module) -> None:
+    """Let batch normalisation see the images of all processes where it can, before there is an optimiser."""
+    if shares_batch_statistics(fabric):
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)  # in place
+
+
+def share_buffers(fabric: Fabric, network: nn.Module) -> None:
+    """Give all processes the first one's buffers: each has batch statistics of its own where torch does not sync."""
+    if fabric.world_size > 1:
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
+def gathered(fabric: Fabric, found: Sequence[T]) -> list[T]:
+    """What all processes found, of what one did."""
+    if fabric.world_size == 1:
+        return list(found)
+    parts: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(parts, found)
+    return [one for part in parts for one in part]
+
+
+def tracked(fabric: Fabric, judged: Iterable[T], count: int, description: str) -> Iterator[T]:
+    """What is judged of `count` images of all processes, with a progress bar on the first one's terminal."""
+    console = Console(stderr=True)
+    yield from track(
+        judged,
+        description=description,
+        total=-(-count // fabric.world_size),
+        console=console,
+        transient=True,
+        disable=not (console.is_terminal and fabric.is_global_zero),
+    )

@@ -1,0 +1,110 @@
+"""Images with label maps as a run's job: varied crops, a segmenter's losses, mIoU on other images."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from convmae import weights
+from convmae.data.ade20k import SegmentationImages
+from convmae.data.failures import DecodingFailures
+from convmae.data.loading import Loading, build_training_loader
+from convmae.data.segmentation import RandomScaleCrop
+from convmae.errors import UserError
+from convmae.evaluation.segmentation import SegmentationQuality
+from convmae.kinds import told
+from convmae.models.segmenter import SegmentationLosses, Segmenter
+from convmae.tasks.processes import share_batch_statistics, shares_batch_statistics
+from convmae.tasks.segmentation.judge import Judge
+from convmae.tasks.segmentation.views import Inference
+from convmae.training.logging import RunLog
+from convmae.training.run import Job
+
+
+class SegmenterTraining(nn.Module):
+    """A segmenter as the training loop takes it."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> SegmentationLosses:
+        return self.segmenter(*batch)
+
+
+class SegmentationJob(Job[SegmentationQuality]):
+    """A segmenter on images with label maps, judged on others by mIoU."""
+
+    figure = "mIoU"
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        network: Segmenter,
+        training: SegmentationImages,
+        validation: SegmentationImages,
+        crop: RandomScaleCrop,
+        inference: Inference,
+        loading: Loading,
+        *,
+        origin: str,
+        folder: Path,
+        seed: int,
+    ) -> None:
+        """folder: the run's. Raises UserError for passes of one image, whose batch statistics are none."""
+        if loading.batch_size < 2 and not shares_batch_statistics(fabric):
+            raise UserError(
+                "batch normalisation needs two images or more in each pass of a process: raise --batch-size, or lower "
+                "--accumulate"
+            )
+        share_batch_statistics(fabric, network)
+        self.network, self.module = network, SegmenterTraining(network)
+        self.origin, self.data = origin, training.name
+        self.contents = f"{len(training.classes)} classes in {len(training)} images"
+        self.failures = DecodingFailures(folder)
+        self._fabric, self._folder, self._sources = fabric, folder, (training, validation)
+        self._loader = build_training_loader(training, crop, loading, seed=seed)
+        self._judge = Judge(fabric, validation, inference, self.failures.record, loading)
+
+    @property
+    def passes(self) -> int:
+        """Batches of an epoch for each process."""
+        return len(self._loader)
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, uint8 (B, C, H, W), and labels, uint8 (B, H, W), on the device."""
+        self._loader.set_position(epoch, first)
+        for batch in self._loader:
+            self.failures.record(len(batch["images"]), batch["failed"])
+            yield self._fabric.to_device((batch["images"], batch["labels"]))
+
+    def load(self, file: Path, network: nn.Module) -> None:
+        """Fill the network; raises UserError where the file is of other classes or counts them otherwise."""
+        training, _ = self._sources
+        state, facts = weights.read(file)
+        head = told(state, facts).head
+        if (head.get("classes"), head.get("reduce_zero_label")) != (training.classes, training.reduce_zero_label):
+            raise UserError(
+                f"{self._folder} holds a run with other classes than {training.name}, or with another "
+                "--reduce-zero-label: choose another --output"
+            )
+        weights.fill(network, state)
+
+    def judge(self, network: nn.Module) -> SegmentationQuality:
+        """mIoU and its like on the validation images of all processes."""
+        return self._judge(network)
+
+    def begin(self, log: RunLog) -> None:
+        """List and tell what has no partner."""
+        for source in self._sources:
+            if log.active:
+                self.failures.list_once(source.left_out)
+            if source.left_out:
+                log.say(
+                    f"{source.name}: left out {len(source.left_out)} without a partner, listed in {self.failures.path}"
+                )
+
+    def warning(self) -> str | None:
+        """Where more images than the odd one cannot be decoded."""
+        return self.failures.warning()

@@ -1,0 +1,38 @@
+"""A picture of some validation images as annotated and as segmented."""
+
+from pathlib import Path
+
+import torch
+
+from convmae.data.ade20k import SegmentationImages
+from convmae.data.images import UndecodableImageError, decode_image
+from convmae.models.segmenter import Segmenter
+from convmae.tasks.segmentation.views import Inference
+from convmae.visualize import SegmentedPicture, segmentation_picture
+
+_EXAMPLES = 6
+
+
+@torch.inference_mode()
+def draw_examples(path: Path, network: Segmenter, validation: SegmentationImages, infer: Inference) -> None:
+    """Save the picture; nothing where no example can be decoded."""
+    network.eval()
+    pictures: list[SegmentedPicture] = []
+    count = min(_EXAMPLES, len(validation))
+    for number in range(count):
+        index = number * len(validation) // count
+        try:
+            with validation.open(index) as file:
+                sample = infer.transform(file, validation.annotation(index))
+            with validation.open(index) as file:
+                image = decode_image(file, network.in_channels) / 255
+        except (OSError, UndecodableImageError):
+            continue  # judging has listed it
+        found = infer(network, sample["views"], sample["original_size"]).cpu()
+        pictures += [
+            SegmentedPicture(image, sample["labels"], "annotated"),
+            SegmentedPicture(image, found, "segmented"),
+        ]
+    if pictures:
+        rows = [pictures[start : start + 4] for start in range(0, len(pictures), 4)]
+        segmentation_picture(path, rows, network.classes)
