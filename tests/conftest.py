@@ -1,7 +1,9 @@
 """What several test files share: the golden values and tiny models."""
 
 import os
+import signal
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,24 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Inside at_step(n), something happens in the midst of a run's n-th step: SIGTERM, or what is given."""
+    from convmae.training.logging import RunLog
+
+    @contextmanager
+    def happens(number, event=lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        original = RunLog.advance
+
+        def advance(log, step, epoch):
+            original(log, step, epoch)
+            if step == number:
+                event()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunLog, "advance", advance)
+            yield
+
+    return happens

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-import convmae.models.timm  # registers the models by their names
+import convmae.models.timm  # noqa: F401 (registers the models by their names)
 from convmae.commands import COMMANDS, command
 from convmae.errors import UserError
 from convmae.kinds import (
