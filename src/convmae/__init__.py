@@ -4,11 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from convmae.errors import UserError
-from convmae.models.autoencoder import ConvMAE
-from convmae.models.classifier import Classifier
-from convmae.models.detector import Detector
-from convmae.models.encoder import ConvViT
-from convmae.models.registry import (
+from convmae.kinds import (
     create_autoencoder,
     create_classifier,
     create_detector,
@@ -18,7 +14,12 @@ from convmae.models.registry import (
     load_detector,
     load_segmenter,
 )
+from convmae.models import timm as _timm  # noqa: F401 (registers the models)
+from convmae.models.classifier import Classifier
+from convmae.models.detector import Detector
+from convmae.models.encoder import ConvViT
 from convmae.models.segmenter import Segmenter
+from convmae.objectives.masked import ConvMAE
 
 if TYPE_CHECKING:
     from convmae.commands import detect, segment
