@@ -205,7 +205,8 @@ def _load(
     """A model of a kind, filled with the weights of that kind or, where it can begin so, on another kind's encoder."""
     encoder = settings.get("encoder") or encoder_in_file(state, facts, num_heads)
     if _kind_in_file(state, facts) is not kind:
-        head = {**kind.of_another, **(kind.tiny if is_tiny(encoder) else {})}
+        tiny = isinstance(encoder, EncoderConfig) and is_tiny(encoder)
+        head = {**kind.of_another, **(kind.tiny if tiny else {})}
     else:
         head = {**kind.of_another, **_head_in_file(kind, state, facts, decoder_num_heads)}
         if settings.get("num_classes", head.get("num_classes")) != head.get("num_classes"):

@@ -55,7 +55,7 @@ class LabelledBatches:
         """batch_size: images of one pass of one process; aug_repeats: how many of them are crops of one picture."""
         if (augmentation.mixup or augmentation.cutmix) and batch_size % 2:
             raise UserError(f"mixup and cutmix need pairs, a pass has {batch_size} images: choose an even number")
-        size, channels = network.settings["image_size"], network.settings["in_channels"]
+        size, channels = network.image_size, network.in_channels
         self.num_classes = len(training.classes)
         self.num_images = training.reader.num_samples if isinstance(training, ImageStream) else len(training)
         self.failures = failures

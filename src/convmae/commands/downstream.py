@@ -24,7 +24,6 @@ from convmae.data.scenes import write_scenes
 from convmae.data.segmentation import SegmentationImages
 from convmae.errors import UserError
 from convmae.models.detector import Detector
-from convmae.models.registry import fill
 from convmae.models.segmenter import Segmenter
 from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, replace_file
 from convmae.training.logging import LoggingOptions, RunLog
@@ -130,7 +129,7 @@ class DownstreamRun:
                 yield on_device(batch)
 
         def save(path: Path) -> None:
-            weights_files.save(path, network.state_dict(), network.settings)
+            weights_files.save_model(path, network)
 
         plan = Plan(
             epochs=self.epochs,
@@ -156,7 +155,7 @@ class DownstreamRun:
                 lambda: replace_file(best, save), best_score_before(self.output, best, restored, score),
                 self.evaluate_every_epochs,
             )  # fmt: skip
-            fill(network, weights_files.read(best)[0])
+            weights_files.fill(network, weights_files.read(best)[0])
             quality = trained.best if trained.best is not None else judge(network)
         finally:
             log.finish()

@@ -21,8 +21,8 @@ from convmae.data.labelled import open_labelled_images
 from convmae.data.sampler import mixed_seed
 from convmae.errors import UserError
 from convmae.evaluation.accuracy import Accuracy
+from convmae.kinds import create_classifier, load_classifier
 from convmae.models.classifier import Classifier
-from convmae.models.registry import create_classifier, fill, load_classifier
 from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state, replace_file
 from convmae.training.engine import EngineOptions, loader_workers, start_engine
 from convmae.training.logging import LoggingOptions, RunLog, read_metrics
@@ -136,15 +136,16 @@ def finetune(
 
     torch.manual_seed(seed)
     network = _network(weights, model, classes, drop_path, image_size, in_channels, crop_pct)
-    size, channels = network.settings["image_size"], network.settings["in_channels"]
+    size, channels = network.image_size, network.in_channels
     checkpoints = CheckpointFolder(output / "checkpoints", checkpoint.keep)
     newest = checkpoint_to_resume(output, checkpoints, resume)
     restored = None
     if newest is not None:
         state, facts = weights_files.read(newest)
+        facts = weights_files.flat(facts)
         if facts.get("classes") != classes:
             raise UserError(f"{output} holds a run with other classes than {data}: choose another --output")
-        fill(network, state)
+        weights_files.fill(network, state)
         restored = read_state(newest)
 
     fabric = start_engine(engine)
@@ -214,7 +215,7 @@ def finetune(
         )  # fmt: skip
         accuracy = trained.best
         if accuracy is None:
-            fill(judged, weights_files.read(best)[0])
+            weights_files.fill(judged, weights_files.read(best)[0])
             accuracy = batches.judge(judged)
     finally:
         log.finish()
@@ -249,12 +250,12 @@ def _average(network: Classifier, decay: float | None, checkpoint: Path | None) 
         return None
     average = ModelEmaV3(network, decay=decay, use_warmup=True)
     if checkpoint is not None and (checkpoint / _AVERAGE_FILE).exists():
-        fill(average.module, weights_files.read(checkpoint / _AVERAGE_FILE)[0])
+        weights_files.fill(average.module, weights_files.read(checkpoint / _AVERAGE_FILE)[0])
     return average
 
 
 def _save(path: Path, network: Classifier) -> None:
-    weights_files.save(path, network.state_dict(), network.settings)
+    weights_files.save_model(path, network)
 
 
 def _finish(

@@ -20,10 +20,10 @@ from convmae.data.demo import demo_photographs
 from convmae.data.loading import Transform, build_evaluation_loader
 from convmae.data.sources import EXTENSIONS, ImageCollection, open_files, open_images
 from convmae.errors import UserError
+from convmae.kinds import load, load_classifier
 from convmae.models.classifier import Classifier
+from convmae.models.config import grid_of, height_and_width
 from convmae.models.detector import Detector, checked_size
-from convmae.models.encoder import grid_of, height_and_width
-from convmae.models.registry import load, load_classifier
 from convmae.models.segmenter import Segmenter
 from convmae.training.engine import DeviceOptions, loader_workers, start_engine
 
@@ -51,7 +51,7 @@ class TrainedModel(Trained):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images that it is given, in pixels."""
-        height, width = self.network.settings["image_size"]
+        height, width = self.network.image_size
         return height, width
 
     @property
@@ -62,7 +62,7 @@ class TrainedModel(Trained):
     @property
     def in_channels(self) -> int:
         """Channels of the images that it is given."""
-        return self.network.settings["in_channels"]
+        return self.network.in_channels
 
     @property
     def center_crop(self) -> CenterCrop:
@@ -116,7 +116,7 @@ def load_trained_detector(
     network = load(file)
     if not isinstance(network, Detector):
         raise UserError(f"{weights} holds no detector: train one first, with convmae detect train")
-    size = checked_size(network.settings["image_size"] if image_size is None else height_and_width(image_size))
+    size = checked_size(network.image_size if image_size is None else height_and_width(image_size))
     fabric = start_engine(engine)
     network.to(fabric.device).eval().requires_grad_(False)
     return TrainedDetector(network, fabric, file, loader_workers(engine, fabric), size)

@@ -19,8 +19,9 @@ from convmae.data.loading import TrainingImages, build_training_loader
 from convmae.data.sampler import mixed_seed
 from convmae.data.sources import ImageCollection, ImageStream, open_images
 from convmae.errors import UserError
-from convmae.models.autoencoder import ConvMAE
-from convmae.models.registry import create_autoencoder, fill
+from convmae.kinds import create_autoencoder
+from convmae.models.fitting import fit
+from convmae.objectives.masked import ConvMAE
 from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions, loader_workers, start_engine
 from convmae.training.logging import PictureLoggingOptions, RunLog, read_metrics
@@ -207,7 +208,7 @@ def pretrain(
             _draw(network, torch.stack(examples).to(fabric.device), path)
 
     def write_model(folder: Path) -> None:
-        weights_files.save(folder / weights_files.MODEL_FILE, network.state_dict(), network.settings)
+        weights_files.save_model(folder / weights_files.MODEL_FILE, network)
 
     plan = Plan(
         epochs=epochs,
@@ -249,7 +250,7 @@ class SelfSupervised(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> SelfSupervision:
-        return SelfSupervision(self.network(images, masked_only=True).loss)
+        return SelfSupervision(self.network.training_loss(images).loss)
 
 
 def _restore(
@@ -258,10 +259,10 @@ def _restore(
     """Fill the network from the run's newest checkpoint, whose training state is returned, or from given weights."""
     newest = checkpoint_to_resume(output, checkpoints, resume)
     if newest is not None:
-        fill(network, weights_files.read(newest)[0])
+        weights_files.fill(network, weights_files.read(newest)[0])
         return read_state(newest)
     if weights is not None:
-        fill(network, weights_files.read(weights)[0], resize_positions=True)
+        network.load_state_dict(fit(weights_files.read(weights)[0], network.state_dict()))
     return None
 
 
@@ -299,11 +300,8 @@ def _finish(
 
 def _draw(network: ConvMAE, images: Tensor, path: Path) -> None:
     """Save the reconstructions of a few images, always under the same masks."""
-    network.eval()
-    visible = network.draw_visible(images, torch.Generator().manual_seed(0))
-    reconstructions = network.reconstruct(images, visible)
+    visible, reconstructions = network.examples(images)
     reconstruction_picture(path, list((images / 255).cpu()), list(visible.cpu()), list(reconstructions.cpu()))
-    network.train()
 
 
 def _decodes_on_device(

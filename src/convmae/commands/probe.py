@@ -30,8 +30,8 @@ from convmae.evaluation.accuracy import Accuracy, judge
 from convmae.evaluation.features import extract_features
 from convmae.evaluation.linear import LinearProbe, fit_linear_probe
 from convmae.evaluation.neighbours import classify_by_neighbours
+from convmae.kinds import load_classifier
 from convmae.models.classifier import Classifier
-from convmae.models.registry import load_classifier
 from convmae.training.checkpoint import CheckpointFolder, CheckpointOptions, read_state, replace_file
 from convmae.training.engine import DeviceOptions, EngineOptions, loader_workers, start_engine
 from convmae.training.logging import LoggingOptions, RunLog
@@ -179,7 +179,7 @@ def probe(
     def features_of(source: ImageCollection | ImageStream) -> tuple[Tensor, Tensor]:
         loader = build_evaluation_loader(
             source,
-            CenterCrop(network.settings["image_size"], network.settings["in_channels"], network.crop_pct),
+            CenterCrop(network.image_size, network.in_channels, network.crop_pct),
             batch_size=batch_size,
             skip_damaged=skip_damaged,
             num_workers=loader_workers(engine, fabric),
@@ -307,7 +307,7 @@ def _keep(result: ProbeResult, network: Classifier, fitted: LinearProbe, classes
         network.head.bias.copy_(fitted.bias)  # type: ignore[operator, union-attr]
     replace_file(
         result.checkpoint / weights_files.MODEL_FILE,
-        lambda path: weights_files.save(path, network.state_dict(), network.settings),
+        lambda path: weights_files.save_model(path, network),
     )
     text = json.dumps(plain_settings(asdict(result)), indent=2)
     replace_file(result.folder / RESULT_FILE, lambda path: path.write_text(text))

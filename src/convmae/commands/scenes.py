@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from convmae.data.scenes import Layout, write_scenes
-from convmae.models.encoder import height_and_width
+from convmae.models.config import height_and_width
 
 
 def scenes(

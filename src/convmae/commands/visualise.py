@@ -20,7 +20,7 @@ from convmae.data.loading import EvaluationImages
 from convmae.errors import UserError
 from convmae.evaluation.components import principal_components
 from convmae.models.attention import Attention
-from convmae.models.encoder import grid_of
+from convmae.models.config import grid_of
 from convmae.training.engine import DeviceOptions
 from convmae.visualize import encoder_picture
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from convmae.errors import UserError
 from convmae.models.attention import AttentionOnMaps, MapAttention, MapBlock, TransformerBlock
-from convmae.models.config import EncoderConfig, grid_of
+from convmae.models.config import EncoderConfig, changed, grid_of
 from convmae.models.hub import HubEncoder
 from convmae.models.layers import Linear, Mlp, initialise_linear
 from convmae.models.positions import (
@@ -248,7 +248,7 @@ class ConvViT(nn.Module, HubEncoder):
 
     def set_input_size(self, image_size: Sequence[int]) -> None:
         """Resize the table of positions for good to the grid of (height, width) pixels."""
-        self.config = replace(self.config, image_size=image_size)
+        self.config = changed(self.config, image_size, {})
         with torch.no_grad():
             table = resized_pos_embed(self.pos_embed, self.config.grid).clone()
         self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from torch import nn
@@ -109,8 +109,7 @@ class HubEncoder(
                     f"({type(error).__name__}): check the name, the network and your login"
                 ) from error
         state, facts = weights.read(source)
-        encoder = cls(encoder_in_file(state, facts, settings.get("num_heads")), **settings)
-        assert isinstance(encoder, nn.Module)
+        encoder = cast("type[ConvViT]", cls)(encoder_in_file(state, facts, settings.get("num_heads")), **settings)
         encoder.load_state_dict(fit_encoder(state, encoder.state_dict()))
         encoder.pos_embed.requires_grad_(True)
         return encoder.eval()

@@ -176,13 +176,14 @@ class Segmenter(nn.Module):
                 "at stride 16, choose an encoder that has it"
             )
         self._auxiliary = strides.index(16)
-        self.downsample4: nn.Module | None = None
-        if strides[-1] == 16:  # else the encoder itself gives what this would make
+        self.halves_the_last = strides[-1] == 16  # else the encoder itself gives stride 32
+        self.downsample4: nn.Module = nn.Identity()
+        if self.halves_the_last:
             self.downsample4 = nn.Sequential(  # without padding, as published
                 nn.Conv2d(widths[-1], widths[-1], 3, stride=2), nn.BatchNorm2d(widths[-1]), nn.GELU()
             )
-        wide = [*widths, widths[-1]] if self.downsample4 is not None else widths
-        self.decode_head = UperNetHead(wide, head_width, num_classes)
+            widths.append(widths[-1])
+        self.decode_head = UperNetHead(widths, head_width, num_classes)
         self.auxiliary_head = FCNHead(widths[self._auxiliary], auxiliary_width, num_classes)
 
     @property
@@ -233,7 +234,7 @@ class Segmenter(nn.Module):
         checked_size(images.shape[-2:])
         maps = self.encoder.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
         maps = [x.permute(0, 3, 1, 2) for x in maps]  # channels-last in memory
-        return maps if self.downsample4 is None else [*maps, self.downsample4(maps[-1])]
+        return [*maps, self.downsample4(maps[-1])] if self.halves_the_last else maps
 
     def slide(
         self,

@@ -77,9 +77,7 @@ def encoder_in_file(
         known["image_size"] = known.get("pos_embed_size", known["image_size"])  # a detector's, whose size is another
         known = {name: known[name] for name in names if name in known}
     width = known["widths"][2]
-    known["num_heads"] = (
-        num_heads or known.get("num_heads") or _ENCODER_HEADS.get(width) or _guess(width, "num_heads")
-    )
+    known["num_heads"] = num_heads or known.get("num_heads") or _ENCODER_HEADS.get(width) or _guess(width, "num_heads")
     return EncoderConfig(**known)
 
 

@@ -1,4 +1,4 @@
-"""What pretraining asks: what is masked, what goes in, what is predicted, and the loss. One file each, one line here."""
+"""What pretraining asks: what is masked, what goes in, what is predicted, the loss. One file each, one line here."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
@@ -17,7 +17,10 @@ class Loss(Protocol):
 
 
 class Objective(Protocol):
-    """A module around an encoder that learns from images alone; it takes `image_size`, `encoder` and its own settings."""
+    """A module around an encoder that learns from images alone.
+
+    Its class takes `image_size`, `encoder` and settings of its own.
+    """
 
     kind: ClassVar[str]
     """Its name in OBJECTIVES and in weights files."""

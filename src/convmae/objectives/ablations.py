@@ -43,7 +43,8 @@ def dense_stages(
 def all_tokens(visible: Tensor) -> Packing:
     """What the transformer sees of masks of stage 1, (B, 4*H, 4*W).
 
-    Nearly every token holds a visible cell then, so it has to keep all of them: the cost that block-wise masking avoids.
+    Nearly every token holds a visible cell then, so it has to keep all of them: the cost that block-wise masking
+    avoids.
     """
     batch, height, width = visible.shape
     grid = (height // CELLS, width // CELLS)

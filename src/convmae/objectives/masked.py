@@ -4,8 +4,8 @@ Shape letters: B images (times the number of complementary sets), H x W the grid
 P = 16*16*channels values a token.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,9 @@ class ConvMAE(nn.Module):
     Raises UserError for settings that contradict each other or are out of range.
     """
 
-    kind = "convmae"
-    tiny = TINY_DECODER
-    tensor = "decoder.mask_token"
+    kind: ClassVar[str] = "convmae"
+    tiny: ClassVar[Mapping[str, Any]] = TINY_DECODER
+    tensor: ClassVar[str] = "decoder.mask_token"
 
     def __init__(
         self,

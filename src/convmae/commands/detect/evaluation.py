@@ -61,7 +61,7 @@ def evaluate(
         fabric,
         source,
         model.image_size,
-        network.settings["in_channels"],
+        network.in_channels,
         lambda _, failed: damaged.extend(failed),
         batch_size,
         model.workers,

@@ -79,7 +79,7 @@ def predict(
     image_ids = _image_ids(pictures, annotations)
     model = load_trained_detector(weights, image_size, engine)
     network = model.network
-    fit = ResizeAndPad(model.image_size, network.settings["in_channels"])
+    fit = ResizeAndPad(model.image_size, network.in_channels)
     batches = OrderedBatches(model, fit, pictures, batch_size, skip_damaged, "detecting", collate_fn=collate_resized)
     (output / "pictures").mkdir(parents=True, exist_ok=True)
     category_ids = network.settings["category_ids"] or range(1, network.num_classes + 1)

@@ -17,9 +17,9 @@ from convmae.data.failures import DecodingFailures
 from convmae.data.images import UndecodableImageError
 from convmae.data.loading import build_training_loader
 from convmae.errors import UserError
+from convmae.kinds import create_detector, load_detector
+from convmae.models.config import height_and_width
 from convmae.models.detector import DetectionLosses, Detector, checked_size
-from convmae.models.encoder import height_and_width
-from convmae.models.registry import create_detector, fill, load_detector
 from convmae.training.checkpoint import CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions, loader_workers, start_engine
 from convmae.training.logging import LoggingOptions, read_metrics
@@ -175,12 +175,13 @@ def train(
     restored = None
     if newest is not None:
         state, facts = weights_files.read(newest)
+        facts = weights_files.flat(facts)
         if (facts.get("classes"), facts.get("category_ids")) != (training.classes, training.category_ids):
             raise UserError(f"{output} holds a run with other classes than {training.name}: choose another --output")
-        fill(network, state)
+        weights_files.fill(network, state)
         restored = read_state(newest)
     failures = DecodingFailures(output)
-    size, channels = network.settings["image_size"], network.settings["in_channels"]
+    size, channels = network.image_size, network.in_channels
     pictures_of_a_pass = divide_batch(batch_size, fabric.world_size, accumulate)
     workers = loader_workers(engine, fabric)
     loader = build_training_loader(
@@ -259,7 +260,7 @@ def _network(weights: Path | None, model: str, training: CocoImages, chosen: dic
 @torch.inference_mode()
 def draw_examples(path: Path, network: Detector, validation: CocoImages) -> None:
     """Save validation pictures with their annotations, and with what the detector finds."""
-    size, channels = network.settings["image_size"], network.settings["in_channels"]
+    size, channels = network.image_size, network.in_channels
     as_judged, annotated = ResizeAndPad(size, channels), LargeScaleJitter(size, (1.0, 1.0), 0.0, channels)
     network.eval()
     pictures: list[DrawnPicture] = []
@@ -275,7 +276,7 @@ def draw_examples(path: Path, network: Detector, validation: CocoImages) -> None
             continue  # judging has listed it
         height, width = sample["size"]
         image = sample["image"][:, :height, :width] / 255
-        found = network.detect(sample["image"][None].to(network.encoder.pos_embed.device), [sample["size"]])[0]
+        found = network.detect(sample["image"][None].to(next(network.parameters()).device), [sample["size"]])[0]
         kept = found["scores"] >= _DRAWN_SCORE
         pictures += [
             DrawnPicture(image, {**truth, "masks": truth["masks"][:, :height, :width]}, "annotated"),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from convmae.data.segmentation import ResizeShorterSide
 from convmae.errors import UserError
-from convmae.models.encoder import height_and_width
+from convmae.models.config import height_and_width
 from convmae.models.segmenter import Segmenter, checked_size, checked_stride
 
 
@@ -50,5 +50,5 @@ class Inference:
 
     def __call__(self, network: Segmenter, views: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """A picture's views, uint8 (C, h, w) each -> the class of each of its (H, W) pixels, int64."""
-        on_device = [view[None].to(network.encoder.pos_embed.device, non_blocking=True) for view in views]
+        on_device = [view[None].to(next(network.parameters()).device, non_blocking=True) for view in views]
         return network.segment(on_device, size, self._window, self._stride, self._flip, self._windows_at_a_time)[0]

@@ -26,8 +26,8 @@ from convmae.data.segmentation import (
 )
 from convmae.errors import UserError
 from convmae.evaluation.segmentation import SegmentationQuality
-from convmae.models.encoder import height_and_width
-from convmae.models.registry import create_segmenter, fill, load_segmenter
+from convmae.kinds import create_segmenter, load_segmenter
+from convmae.models.config import height_and_width
 from convmae.models.segmenter import SegmentationLosses, Segmenter, checked_size
 from convmae.training.checkpoint import CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions, loader_workers, start_engine
@@ -180,15 +180,16 @@ def train(
     restored = None
     if newest is not None:
         state, facts = weights_files.read(newest)
+        facts = weights_files.flat(facts)
         if (facts.get("classes"), facts.get("reduce_zero_label")) != (names, reduce_zero_label):
             raise UserError(
                 f"{output} holds a run with other classes than {training.name}, or with another --reduce-zero-label: "
                 "choose another --output"
             )
-        fill(network, state)
+        weights_files.fill(network, state)
         restored = read_state(newest)
     failures = DecodingFailures(output)
-    size, channels = network.settings["image_size"], network.settings["in_channels"]
+    size, channels = network.image_size, network.in_channels
     pictures_of_a_pass = divide_batch(batch_size, fabric.world_size, accumulate)
     if pictures_of_a_pass < 2 and not shares_batch_statistics(fabric):
         raise UserError(
@@ -264,7 +265,7 @@ def draw_examples(path: Path, network: Segmenter, validation: SegmentationImages
             with validation.open(index) as file:
                 sample = infer.transform(file, validation.annotation(index))
             with validation.open(index) as file:
-                image = decode_image(file, network.settings["in_channels"]) / 255
+                image = decode_image(file, network.in_channels) / 255
         except (OSError, UndecodableImageError):
             continue  # judging has listed it
         found = infer(network, sample["views"], sample["original_size"]).cpu()
