@@ -27,8 +27,8 @@ from convmae.benchmarks.memory import state_bytes
 from convmae.benchmarks.turns import Spread, Turns, machine_name, take_turns
 from convmae.benchmarks.unfused import with_unfused_attention
 from convmae.errors import UserError
+from convmae.kinds import create_detector
 from convmae.models.detector import FORMS, Detector, Target
-from convmae.models.registry import create_detector
 
 UNFUSED = "unfused"
 OBJECTS = 7  # in an image, of COCO's training images 7.3

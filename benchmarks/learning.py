@@ -184,7 +184,7 @@ def run(
     cost = {"pretraining": (time.monotonic() - start[0], cpu_seconds() - start[1])}
     torch.manual_seed(seed)
     untrained = convmae.create_autoencoder(model, image_size=image_size)
-    weights_files.save(folder / "random.safetensors", untrained.state_dict(), untrained.settings)
+    weights_files.save_model(folder / "random.safetensors", untrained)
     top1: dict[str, dict[str, float]] = {}
     for name, weights in (("pretrained", pretrained.checkpoint), ("random", folder / "random.safetensors")):
         figures = top1[name] = {}

@@ -1,6 +1,6 @@
 """Weights files: any wrapping to a clean state dict, published names to ours and back, sizes from shapes, safetensors.
 
-Files and names only; `convmae.models.registry` builds the models. A strided or pointwise convolution of the published
+Files and names only; `convmae.kinds` builds the models. A strided or pointwise convolution of the published
 code is a matrix product here, so its weight changes shape along with its name: (D, C, f, f) <-> (D, f*f*C).
 """
 
@@ -11,12 +11,12 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from convmae.errors import UserError
 
@@ -148,9 +148,10 @@ def read(path: str | Path) -> tuple[StateDict, dict[str, Any]]:
     path: a safetensors file, a torch pickle (bare, or under `model`, `state_dict`; names with or without `module.`), a
         checkpoint folder or a run folder (its best model or newest checkpoint). Published and own names both work.
 
-    Returns the state dict and what the file says of its model: our own files hold every setting of the model,
-    published ones at most `norm_pix` or the names of `classes`. Raises UserError for a missing, damaged or foreign
-    file, and for a pickle that holds any code but `argparse.Namespace`.
+    Returns the state dict and what the file says of its model: our own files hold its description, those of earlier
+    versions its settings as one dictionary, published ones at most `norm_pix` or the names of `classes`; see `flat`.
+    Raises UserError for a missing, damaged or foreign file, and for a pickle that holds any code but
+    `argparse.Namespace`.
     """
     path = locate(Path(path))
     if path.suffix == ".safetensors":
@@ -209,9 +210,55 @@ def locate(path: Path) -> Path:
 
 
 def save(path: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write our own format: safetensors, with the model's settings as JSON in the header."""
+    """Write our own format: safetensors, with a model's description as JSON in the header; see `Described`."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     save_file(tensors, path, metadata={"format": "pt", _CONFIG_KEY: json.dumps(dict(config))})
+
+
+class Described(Protocol):
+    """A model that says what it is."""
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """Its kind under "kind", the fields of its encoder's configuration under "encoder", its own under "head"."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Its tensors by name."""
+
+
+def save_model(path: str | Path, model: Described) -> None:
+    """Write a model in our own format, so that `convmae.load` builds the same one."""
+    save(path, model.state_dict(), model.description)
+
+
+def flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file or a model says of itself as one dictionary of settings; of two of a name the head's counts."""
+    if "kind" not in facts:  # written by an earlier version, or published
+        return dict(facts)
+    return {**facts["encoder"], **facts.get("head", {})}
+
+
+def check(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> None:
+    """Raise UserError, which names the first that does not fit, unless `state` has exactly the tensors of `model`."""
+    for name, own in model.items():
+        if name not in state:
+            raise UserError(f"the weights do not fit the model: the file lacks {name}; check the model's settings")
+        if own.shape != state[name].shape:
+            raise UserError(
+                f"the weights do not fit the model: {name} is {tuple(state[name].shape)} in the file and "
+                f"{tuple(own.shape)} in the model; check the model's settings"
+            )
+    for name in state:
+        if name not in model:
+            raise UserError(
+                f"the weights do not fit the model: the file has {name} besides; check the model's settings"
+            )
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a state dict under our names into a model that has exactly its tensors; raises UserError where not."""
+    check(state, model.state_dict())
+    model.load_state_dict(dict(state))
 
 
 def save_published(path: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> None:
@@ -236,6 +283,8 @@ def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, Any]]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{path} is damaged or no safetensors file: download or save it again") from error
+    if "kind" in config:
+        return state, config
     state, facts = unwrap(state, str(path))
     return state, facts | config
 

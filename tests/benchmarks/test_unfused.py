@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from convmae.benchmarks.unfused import with_unfused_attention
-from convmae.models.registry import create_detector
+from convmae.kinds import create_detector
 
 
 @pytest.fixture(params=["paper", "vitdet"])

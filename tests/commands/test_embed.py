@@ -16,8 +16,8 @@ import convmae
 from convmae.commands.embed import embed
 from convmae.evaluation import feature_files
 from convmae.evaluation.feature_files import read_features
+from convmae.kinds import load_classifier
 from convmae.models.classifier import Classifier
-from convmae.models.registry import load_classifier
 from convmae.training.engine import DeviceOptions
 from convmae.training.loop import Interrupted
 

@@ -24,7 +24,7 @@ from convmae.commands import probe as module
 from convmae.commands.probe import probe
 from convmae.data.sources import ImageCollection
 from convmae.evaluation.linear import STRENGTHS
-from convmae.models.registry import load_classifier
+from convmae.kinds import load_classifier
 from convmae.training.checkpoint import CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions
 from convmae.training.logging import LoggingOptions, read_metrics

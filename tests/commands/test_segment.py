@@ -67,9 +67,7 @@ def untrained(path, **settings):
     scores = segmenter.decode_head.conv_seg
     with torch.no_grad():
         scores.weight.normal_()
-        image = torch.from_numpy(draw_scene(0, (64, 64)).image).permute(2, 0, 1)[
-            None, : segmenter.settings["in_channels"]
-        ]
+        image = torch.from_numpy(draw_scene(0, (64, 64)).image).permute(2, 0, 1)[None, : segmenter.in_channels]
         scores.bias.sub_(segmenter.eval()(image).mean(dim=(0, 2, 3)))  # else one class is ahead everywhere
     weights.save(path, segmenter.state_dict(), segmenter.settings)
     return path

@@ -8,7 +8,7 @@ import convmae
 from convmae.commands import visualise as module
 from convmae.commands.visualise import visualise
 from convmae.evaluation.components import principal_components
-from convmae.models.registry import load_classifier
+from convmae.kinds import load_classifier
 from convmae.training.engine import DeviceOptions
 
 CPU = DeviceOptions("cpu", "float32", 0)

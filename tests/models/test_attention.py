@@ -7,15 +7,8 @@ from timm.layers import gen_relative_position_index
 from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
 
 from convmae.masking import random_visible
-from convmae.models.attention import (
-    Attention,
-    DecomposedPositions,
-    MapAttention,
-    MapBlock,
-    RelativePositionTable,
-    TransformerBlock,
-    attend,
-)
+from convmae.models.attention import Attention, MapAttention, MapBlock, TransformerBlock, attend
+from convmae.models.positions import DecomposedPositions, RelativePositionTable
 from convmae.packing import Packing
 
 

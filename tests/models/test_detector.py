@@ -12,8 +12,8 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align
 
 import convmae
-from convmae.models.attention import RelativePositionTable
 from convmae.models.detector import FORMS
+from convmae.models.positions import RelativePositionTable
 
 BOTH_FORMS = pytest.mark.parametrize("form", FORMS)
 

@@ -3,7 +3,8 @@ import torch
 
 import convmae
 from convmae.models.attention import AttentionOnMaps
-from convmae.models.encoder import Downsample, Normalize, merge_cells, resized_pos_embed, sincos_pos_embed
+from convmae.models.encoder import Downsample, Normalize, merge_cells
+from convmae.models.positions import resized_pos_embed, sincos_pos_embed
 
 
 def test_position_embedding_is_the_published_formula():

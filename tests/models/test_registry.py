@@ -6,14 +6,9 @@ import torch
 
 import convmae
 from convmae import weights
-from convmae.models.registry import (
-    ENCODERS,
-    create_autoencoder,
-    create_classifier,
-    create_detector,
-    create_segmenter,
-    fill,
-)
+from convmae.kinds import create_autoencoder, create_classifier, create_detector, create_segmenter
+from convmae.models.sizes import ENCODERS
+from convmae.weights import fill
 
 # Millions of parameters, of the published table of sizes (encoder) and of the whole models.
 ENCODER_PARAMETERS = {"tiny": 2.1, "small": 21.9, "base": 84.6, "large": 272, "huge": 653}

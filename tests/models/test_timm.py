@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 import convmae
 from convmae import weights
-from convmae.models.registry import load_classifier
+from convmae.kinds import load_classifier
 
 SIZE = 64
 

@@ -12,8 +12,8 @@ from convmae import weights
 from convmae.benchmarks.arithmetic import count_macs
 from convmae.benchmarks.published import PublishedClassifier, PublishedConvMAE
 from convmae.benchmarks.vit import MaskedViT
+from convmae.kinds import create_autoencoder, create_classifier
 from convmae.models.encoder import Normalize
-from convmae.models.registry import create_autoencoder, create_classifier
 from convmae.training.optimizer import OptimizerOptions, build_optimizer
 
 OURS, PUBLISHED, VIT = "ours", "published", "MAE, plain ViT"

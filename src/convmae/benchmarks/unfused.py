@@ -12,8 +12,9 @@ from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias, wind
 from torch import Tensor, nn
 
 from convmae.masking import Grid
-from convmae.models.attention import DecomposedPositions, MapAttention, RelativePositionTable
+from convmae.models.attention import MapAttention
 from convmae.models.detector import Detector
+from convmae.models.positions import DecomposedPositions, RelativePositionTable
 
 
 def with_unfused_attention(detector: Detector) -> Detector:

@@ -6,9 +6,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from convmae.masking import random_visible, visible_count
-from convmae.models.autoencoder import cut_patches, reconstruction_error, take_patches
+from convmae.models.config import grid_of
 from convmae.models.decoder import Decoder
-from convmae.models.encoder import Normalize, grid_of, sincos_pos_embed
+from convmae.models.encoder import Normalize
+from convmae.models.positions import sincos_pos_embed
+from convmae.objectives.masked import reconstruction_error
+from convmae.objectives.patches import cut_patches, take_patches
 from convmae.packing import Packing
 
 

@@ -12,9 +12,15 @@ from rich.console import Console
 from convmae import weights as weights_files
 from convmae.commands.inference import checked_output
 from convmae.errors import UserError, check_choice
+from convmae.kinds import kind_of, load, load_classifier
 from convmae.models.classifier import Classifier
 from convmae.models.config import PATCH, grid_of
-from convmae.models.registry import ENCODERS, default_cfgs, load, load_classifier
+from convmae.models.detector import Detector
+from convmae.models.segmenter import Segmenter
+from convmae.models.sizes import ENCODERS
+from convmae.models.timm import default_cfgs
+from convmae.objectives.masked import ConvMAE
+
 
 _SUFFIXES = {"onnx": (".onnx",), "torch-export": (".pt2",), "reference": (".pth", ".pt")}
 
@@ -31,7 +37,8 @@ def export(
     onnx and torch-export hold a graph from images, normalised float (B, C, H, W) with any B, to logits (B, classes),
     or to pooled features (B, C3) where the weights have no head; it names the classes and says how to normalise. timm
     is a folder for timm.create_model("local-dir:FOLDER", pretrained=True) after `import convmae`. reference is a file
-    for the authors' code, under the published names: the whole autoencoder, classifier or segmenter.
+    for the authors' code, under the published names: the whole autoencoder, classifier or segmenter. No format holds a
+    detector.
 
     Args:
         weights: a run's folder, a checkpoint or a weights file, ours or published.
@@ -46,6 +53,9 @@ def export(
     output = _checked(Path(output), format, overwrite)  # Python callers may pass a string
     if format == "onnx":
         _check_onnx()
+    kind = kind_of(weights)
+    if format not in kind.exports:
+        raise UserError(f"{weights} holds {kind.called}, which {format} cannot hold: {kind.instead}")
     settings: dict[str, Any] = {}
     if image_size is not None:
         grid_of((image_size, image_size))
@@ -115,12 +125,12 @@ def _write_program(path: Path, model: Classifier) -> None:
 def _write_timm(folder: Path, model: Classifier) -> None:
     """Files as timm's own: config.json, and weights, which `convmae.load` takes too."""
     settings = model.settings
-    height, width = settings["image_size"]
+    height, width = model.image_size
     name, arguments = _timm_model(settings)
     cfg = default_cfgs[name].default.to_dict(remove_source=True)
     cfg |= {
         "num_classes": model.num_classes,
-        "input_size": [settings["in_channels"], height, width],
+        "input_size": [model.in_channels, height, width],
         "pool_size": [height // PATCH, width // PATCH],
         "crop_pct": model.crop_pct,
         **_normalisation(model),
@@ -136,13 +146,13 @@ def _write_timm(folder: Path, model: Classifier) -> None:
     if model.classes:
         config["label_names"] = model.classes
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    weights_files.save(folder / weights_files.MODEL_FILE, model.state_dict(), settings)
+    weights_files.save_model(folder / weights_files.MODEL_FILE, model)
 
 
 def _timm_model(settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """timm's name of a model of these settings, and the arguments that make it so."""
     own = {name: settings[name] for name in ("widths", "depths", "num_heads")}
-    size = next((size for size, known in ENCODERS.items() if known == own), None)
+    size = next((size for size, known in ENCODERS.items() if own.items() <= known.settings.items()), None)
     arguments = {} if size else own
     arguments["img_size"] = settings["image_size"]
     usual = {"mlp_ratio": 4.0, "kernel_size": 5, "global_pool": "avg", "crop_pct": 224 / 256}
@@ -150,18 +160,18 @@ def _timm_model(settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return f"convmae_{size or 'base'}", arguments
 
 
-def _write_reference(path: Path, model: torch.nn.Module) -> None:
-    height, width = model.settings["image_size"]  # type: ignore[index]
+def _write_reference(path: Path, model: ConvMAE | Classifier | Detector | Segmenter) -> None:
+    height, width = model.image_size
     if height != width:
         raise UserError(
             f"the authors' code takes square images, the weights are for {height}x{width}: set --image_size"
         )
-    weights_files.save_published(path, model.state_dict(), model.settings)  # type: ignore[arg-type]
+    weights_files.save_published(path, model.state_dict(), model.settings)
 
 
 def _example(model: Classifier) -> torch.Tensor:
     """Images (2, C, H, W); with one image the graph would be for one only."""
-    return torch.zeros(2, model.settings["in_channels"], *model.settings["image_size"])
+    return torch.zeros(2, model.in_channels, *model.image_size)
 
 
 def _result(model: Classifier) -> str:

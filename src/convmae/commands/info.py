@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convmae.benchmarks.arithmetic import count_macs
 from convmae.errors import check_choice
-from convmae.models.autoencoder import ConvMAE
+from convmae.kinds import create_autoencoder, create_classifier, create_detector, create_segmenter
 from convmae.models.config import height_and_width
-from convmae.models.registry import create_autoencoder, create_classifier, create_detector, create_segmenter
+from convmae.objectives.masked import ConvMAE
+
 
 # Rows of the table -> the modules whose arithmetic and parameters they count.
 PARTS = {
@@ -225,8 +226,7 @@ def _on_meta(model: str, **settings) -> ConvMAE:
 
 
 def _images(model: ConvMAE) -> torch.Tensor:
-    height, width = model.settings["image_size"]
-    return torch.empty(1, model.settings["in_channels"], height, width, device=model.encoder.pos_embed.device)
+    return torch.empty(1, model.in_channels, *model.image_size, device=next(model.parameters()).device)
 
 
 def _gmac(model: ConvMAE) -> dict[str, float]:

@@ -110,8 +110,7 @@ def pretrain(
         dense=dense,
     )
     if weights is not None and run.checkpoint is None:
-        given = weights_files.read(weights)[0]
-        weights_files.fill(objective, fit(given, objective.state_dict(), resize_positions=True))
+        objective.load_state_dict(fit(weights_files.read(weights)[0], objective.state_dict()))
     objective.encoder.set_grad_checkpointing(options.grad_checkpointing)
     source = open_images(data, split)
 

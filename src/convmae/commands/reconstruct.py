@@ -14,15 +14,15 @@ from torchvision.transforms.v2.functional import center_crop, resize
 from convmae.data.images import decode_image
 from convmae.data.sources import ImageCollection, open_images
 from convmae.errors import UserError
+from convmae.kinds import load
 from convmae.masking import random_visible
-from convmae.models.autoencoder import ConvMAE
 from convmae.models.config import PATCH, grid_of
-from convmae.models.registry import load
+from convmae.objectives.masked import ConvMAE
 from convmae.visualize import reconstruction_picture
 
 
 def reconstruct(
-    checkpoint: Path,
+    weights: Path | None = None,
     images: str = "demo",
     output: Path = Path("reconstruction.png"),
     count: int = 8,
@@ -30,6 +30,7 @@ def reconstruct(
     longest_side: int = 512,
     mask_ratio: float | None = None,
     seed: int = 0,
+    checkpoint: Path | None = None,
 ) -> Path:
     """Draw original, visible patches and reconstruction of some images.
 
@@ -37,7 +38,7 @@ def reconstruct(
     and variance (norm_pix), those are put back.
 
     Args:
-        checkpoint: a run's folder, a checkpoint or a weights file, ours or published.
+        weights: a run's folder, a checkpoint or a weights file, ours or published.
         images: an image, a folder of images, or demo.
         output: the picture, PNG.
         count: at most so many images, spread over the folder.
@@ -45,9 +46,15 @@ def reconstruct(
         longest_side: larger images are scaled down to this; pixels.
         mask_ratio: fraction of tokens masked, by default as in pretraining.
         seed: of the masks.
+        checkpoint: the name that weights had before.
 
     Returns the path of the picture. Raises UserError for a file that is no autoencoder and for unreadable images.
     """
+    if (weights is None) == (checkpoint is None):
+        given = "no weights are given" if weights is None else "weights and checkpoint mean the same"
+        raise UserError(f"{given}: pass --weights, a run's folder or a weights file")
+    weights = weights or checkpoint
+    assert weights is not None
     output = Path(output)  # Python callers may pass a string
     if output.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
         raise UserError(f"the picture {output} has no known format: choose a name that ends in .png")
@@ -55,9 +62,9 @@ def reconstruct(
         raise UserError(f"count must be at least 1 and longest_side at least {PATCH}: raise them")
     if image_size is not None:
         grid_of((image_size, image_size))
-    model = load(checkpoint)
+    model = load(weights)
     if not isinstance(model, ConvMAE):
-        raise UserError(f"{checkpoint} holds a classifier, which has no decoder: pass a pretraining checkpoint")
+        raise UserError(f"{weights} holds a classifier, which has no decoder: pass a pretraining checkpoint")
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     rows: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from convmae import weights
 from convmae.errors import UserError
-from convmae.models.encoder import LAYERS_BEFORE_TRANSFORMER, ConvViT, height_and_width
+from convmae.models.backbone import prefixed_matcher
+from convmae.models.config import EncoderConfig, changed, height_and_width
+from convmae.models.encoder import ConvViT
 from convmae.models.fitting import fit, without_downstream
 from convmae.models.layers import initialise_linear
 
@@ -20,9 +22,10 @@ _FIRST_LAYER = "encoder.downsample1.proj.weight"
 class Classifier(nn.Module):
     """Mean of the encoder's last map, a LayerNorm of its own, a linear layer (the published fine-tuning form).
 
-    Arguments as of ConvViT, and:
+    image_size: pixels, one number or (height, width), multiples of 16; by default the encoder's.
+    encoder: what the encoder is made of, by default the paper's base; changes: fields of it that are to be others.
     num_classes: 0 leaves out the linear layer. classes: their names, num_classes of them.
-    drop_rate: of the dropout before the linear layer.
+    drop_path: see ConvViT. drop_rate: of the dropout before the linear layer.
     global_pool: "avg" for the mean and its LayerNorm, "" for neither.
     crop_pct: share of the resized shorter side that the centre crop of an evaluation keeps, in (0, 1], timm's name;
         recorded for whoever prepares images.
@@ -30,25 +33,24 @@ class Classifier(nn.Module):
     The position embedding is trainable. `load_state_dict` takes whatever `checkpoint_filter_fn` does.
     """
 
+    kind = "classifier"
     output_fmt = "NHWC"  # of `forward_features`, in timm's words
 
     def __init__(
         self,
-        image_size: int | Sequence[int] = 224,
-        in_channels: int = 3,
+        image_size: int | Sequence[int] | None = None,
+        *,
+        encoder: EncoderConfig | None = None,
         num_classes: int = 1000,
-        widths: Sequence[int] = (256, 384, 768),
-        depths: Sequence[int] = (2, 2, 11),
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        kernel_size: int = 5,
         drop_path: float = 0.0,
         drop_rate: float = 0.0,
         global_pool: str = "avg",
         classes: Sequence[str] | None = None,
         crop_pct: float = 224 / 256,
+        **changes: Any,
     ) -> None:
         super().__init__()
+        config = changed(encoder, image_size, changes)
         if classes is not None and len(classes) != num_classes:
             raise UserError(f"{len(classes)} names for {num_classes} classes: give a name to each")
         if not 0 < crop_pct <= 1:
@@ -56,12 +58,9 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
         self.classes = None if classes is None else list(classes)
         self.crop_pct = crop_pct
-        self.in_chans = in_channels  # timm's name
-        self.num_features = self.head_hidden_size = widths[2]
-        self.encoder = ConvViT(
-            height_and_width(image_size), in_channels, widths, depths, num_heads, mlp_ratio, kernel_size, drop_path
-        )
-        self.encoder.pos_embed.requires_grad_(True)
+        self.in_chans = config.in_channels  # timm's name
+        self.num_features = self.head_hidden_size = config.widths[2]
+        self.encoder = ConvViT(config, drop_path=drop_path)
         self.global_pool = global_pool
         self.fc_norm: nn.Module = nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
@@ -71,15 +70,30 @@ class Classifier(nn.Module):
         self.register_load_state_dict_pre_hook(_fit_before_loading)
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """What a weights file records, so that `load` builds the same model."""
-        own = {
+        head = {
             "num_classes": self.num_classes,
             "global_pool": self.global_pool,
             "classes": self.classes,
             "crop_pct": self.crop_pct,
         }
-        return {**self.encoder.settings, **own}
+        return {"kind": self.kind, "encoder": self.encoder.config.settings, "head": head}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The same as one dictionary: arguments that make the same model."""
+        return weights.flat(self.description)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that it is given."""
+        return self.encoder.image_size
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images."""
+        return self.encoder.in_channels
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -151,18 +165,15 @@ class Classifier(nn.Module):
             self.num_classes, self.classes = num_classes, None
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Which parameters belong to one layer, in timm's words: the published ids for layer-wise learning-rate decay.
+        """Which parameters belong to one layer, in timm's words, for layer-wise learning-rate decay.
 
-        All before the transformer is layer 0, block i is i + 1, fc_norm and head, which nothing here matches, are the
-        last. coarse: a layer a stage.
+        The encoder's layers come first; fc_norm and head, which nothing here matches, are the last.
         """
-        if coarse:
-            return {"stages": [(r"^encoder\.(?:downsample|stage)(\d)", None), (LAYERS_BEFORE_TRANSFORMER, (3,))]}
-        return {"before": LAYERS_BEFORE_TRANSFORMER, "blocks": r"^encoder\.stage3\.(\d+)"}
+        return prefixed_matcher(self.encoder.group_matcher(coarse))
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay, besides biases and norms."""
-        return {"encoder.pos_embed"}
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training computes the blocks twice to use less memory."""
@@ -193,7 +204,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Classifier) -> we
         )
         state = {name: value for name, value in state.items() if _part(name) != "head"}
     of_the_head = {name: value for name, value in own.items() if _part(name) in ("fc_norm", "head")}
-    return fit({**of_the_head, **state}, own, resize_positions=True)
+    return fit({**of_the_head, **state}, own)
 
 
 def _part(name: str) -> str:

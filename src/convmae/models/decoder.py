@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from convmae.errors import UserError
 from convmae.masking import Grid
 from convmae.models.attention import TransformerBlock
-from convmae.models.encoder import resized_pos_embed, sincos_pos_embed
 from convmae.models.layers import Linear
+from convmae.models.positions import resized_pos_embed, sincos_pos_embed
 from convmae.packing import Packing
 
 

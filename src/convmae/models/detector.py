@@ -7,6 +7,8 @@ W width in pixels, N objects.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from math import log2
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -27,10 +29,11 @@ from torchvision.ops.poolers import LevelMapper
 from convmae import weights
 from convmae.errors import UserError
 from convmae.models.attention import AttentionOnMaps
-from convmae.models.encoder import LAYERS_BEFORE_TRANSFORMER, ConvViT, grid_of
+from convmae.models.backbone import Backbone, prefixed_matcher, refuse_settings
+from convmae.models.config import EncoderConfig, changed, grid_of, height_and_width
+from convmae.models.encoder import ConvViT
 from convmae.models.fitting import fit_downstream
 
-_LEVELS = ("0", "1", "2", "3")  # of the pyramid, strides 4 to 32, in torchvision's names; "pool" comes on top
 _SMALLEST = 64  # pixels along a side of an image, so that stride 32 has more than one cell
 
 Target = dict[str, Tensor]
@@ -39,25 +42,50 @@ Target = dict[str, Tensor]
 
 
 class MultiScalePyramid(nn.Module):
-    """The paper's: maps of strides 4, 8, 16 and a 2x2 maximum of the last one, into an FPN (section 4.2)."""
+    """The paper's: an FPN on the encoder's maps, of which the last is one of stride 32 (section 4.2).
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
+    feature_info: channels and strides of the maps. Where they end at stride 16, a 2x2 maximum of the last one is added,
+    as it is on ConvViT. strides: of the levels, without the one on top.
+    """
+
+    def __init__(self, feature_info: Sequence[dict[str, Any]], out_channels: int) -> None:
         super().__init__()
-        self.fpn = FeaturePyramidNetwork(
-            [*in_channels, in_channels[-1]], out_channels, LastLevelMaxPool(), nn.BatchNorm2d
-        )
+        in_channels = [info["num_chs"] for info in feature_info]
+        self.strides = [info["reduction"] for info in feature_info]
+        self.halves_the_last = self.strides[-1] == 16
+        if self.halves_the_last:
+            in_channels.append(in_channels[-1])
+            self.strides.append(32)
+        if any(2 * fine != coarse for fine, coarse in pairwise(self.strides)) or self.strides[-1] != 32:
+            raise UserError(
+                f"a detector's pyramid cannot stand on maps of strides {', '.join(map(str, self.strides))}: choose an "
+                "encoder whose strides double up to 16 or 32"
+            )
+        self.fpn = FeaturePyramidNetwork(in_channels, out_channels, LastLevelMaxPool(), nn.BatchNorm2d)
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Maps (B, C, H / f, W / f) of strides 4, 8, 16 -> by level, "0" to "3" and "pool", strides 4 to 64."""
-        return self.fpn(dict(zip(_LEVELS, [*maps, max_pool2d(maps[-1], 2)], strict=True)))
+        """The encoder's maps (B, C, H / f, W / f) -> by level, "0", "1", ... and "pool", up to strides 32 and 64."""
+        if self.halves_the_last:
+            maps = [*maps, max_pool2d(maps[-1], 2)]
+        return self.fpn({str(level): x for level, x in enumerate(maps)})
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's: all levels from the last map, by transposed convolutions and a maximum (Li et al. 2022, section 3)."""
+    """ViTDet's: all levels from the last map, by transposed convolutions and a maximum (Li et al. 2022, section 3).
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
+    feature_info: channels and strides of the maps; the last has stride 16. strides: of the levels, without the one on
+    top.
+    """
+
+    def __init__(self, feature_info: Sequence[dict[str, Any]], out_channels: int) -> None:
         super().__init__()
-        width = in_channels[-1]
+        if feature_info[-1]["reduction"] != 16:
+            raise UserError(
+                f"the vitdet form cannot stand on a last map of stride {feature_info[-1]['reduction']}: choose an "
+                "encoder that ends at 16, or --form paper"
+            )
+        self.strides = [4, 8, 16, 32]
+        width = feature_info[-1]["num_chs"]
         scales = (
             nn.Sequential(
                 nn.ConvTranspose2d(width, width // 2, 2, 2),
@@ -81,7 +109,7 @@ class SimplePyramid(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         """Maps, of which the last (B, C, H / 16, W / 16) counts -> by level, "0" to "3" and "pool", strides 4 to 64."""
-        levels = {name: level(maps[-1]) for name, level in zip(_LEVELS, self.levels, strict=True)}
+        levels = {str(number): level(maps[-1]) for number, level in enumerate(self.levels)}
         return {**levels, "pool": max_pool2d(levels["3"], kernel_size=1, stride=2)}
 
 
@@ -97,7 +125,7 @@ class DetectionForm:
     conv_norm_eps: float
     norm_layer: Callable[[int], nn.Module]
     """Of pyramid and heads."""
-    pyramid: Callable[[Sequence[int], int], nn.Module]
+    pyramid: Callable[[Sequence[dict[str, Any]], int], MultiScalePyramid | SimplePyramid]
 
 
 def _from_first_to_last(depth: int) -> tuple[int, ...]:
@@ -118,6 +146,21 @@ FORMS = {
 }
 
 
+def _attention(
+    form: DetectionForm,
+    depth: int,
+    window: int | None,
+    global_blocks: Sequence[int] | None,
+    image_size: tuple[int, int],
+) -> AttentionOnMaps:
+    """How the transformer's blocks attend in a form, unless told otherwise."""
+    window = form.window if window is None else window
+    blocks = form.global_blocks(depth) if global_blocks is None else tuple(global_blocks)
+    if window < 1 or not all(0 <= block < depth for block in blocks):
+        raise UserError(f"window {window} or global blocks {blocks} cannot be: there are {depth} blocks")
+    return AttentionOnMaps(form.positions, window, blocks, grid_of(image_size))
+
+
 class DetectionLosses(NamedTuple):
     """The losses of a training batch and their sum."""
 
@@ -134,29 +177,30 @@ class Detector(nn.Module):
 
     image_size: height and width in pixels, multiples of 32 from 64 on, of the images that it is trained on; the tables
         of relative positions are for it, and are resized for inputs of another size.
+    encoder: what the ConvViT is made of, by default the paper's base, or another encoder, which is taken as it is;
+        changes: fields of the former that are to be others.
     num_classes: background not counted. classes: their names. category_ids: their numbers in COCO's files.
-    form: "paper" or "vitdet", see FORMS. window, global_blocks: by default the form's.
-    widths, depths, num_heads, mlp_ratio, kernel_size, drop_path: of the encoder, see ConvViT.
-    pos_embed_size: height and width of the images that the table of absolute positions is for, those of pretraining.
+    form: "paper" or "vitdet", see FORMS.
+    drop_path, window, global_blocks, pos_embed_size: of a ConvViT. Its rate, see there; the side of the windows and the
+        numbers of the blocks that see the whole map, by default the form's; height and width of the images that the
+        table of absolute positions is for, those of pretraining, by default the configuration's.
     head_width: channels of the pyramid and of the convolutions in the heads. box_width: of the box head's linear layer.
     anchor_sizes: sides of the anchors in pixels, one a level; three aspect ratios each.
     proposals, rois: boxes that the first stage proposes for an image, and of these in training the ones that the
         second learns from.
     """
 
+    kind = "detector"
+
     def __init__(
         self,
-        image_size: tuple[int, int] = (1024, 1024),
-        in_channels: int = 3,
+        image_size: int | Sequence[int] | None = None,
+        *,
+        encoder: EncoderConfig | Backbone | None = None,
         num_classes: int = 80,
         form: str = "paper",
-        widths: Sequence[int] = (256, 384, 768),
-        depths: Sequence[int] = (2, 2, 11),
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        kernel_size: int = 5,
         drop_path: float = 0.0,
-        pos_embed_size: tuple[int, int] = (224, 224),
+        pos_embed_size: Sequence[int] | None = None,
         window: int | None = None,
         global_blocks: Sequence[int] | None = None,
         head_width: int = 256,
@@ -166,6 +210,7 @@ class Detector(nn.Module):
         rois: int = 512,
         classes: Sequence[str] | None = None,
         category_ids: Sequence[int] | None = None,
+        **changes: Any,
     ) -> None:
         super().__init__()
         if form not in FORMS:
@@ -175,28 +220,35 @@ class Detector(nn.Module):
         for what, given in (("names", classes), ("category ids", category_ids)):
             if given is not None and len(given) != num_classes:
                 raise UserError(f"{len(given)} {what} for {num_classes} classes: give one to each")
-        if len(anchor_sizes) != len(_LEVELS) + 1:
-            raise UserError(f"{len(anchor_sizes)} anchor sizes for 5 levels of the pyramid: give one to each")
+        chosen = FORMS[form]
+        self.image_size = checked_size((1024, 1024) if image_size is None else height_and_width(image_size))
+        self.encoder: Any  # a Backbone and a module: no type says both
+        of_the_encoder: dict[str, Any] = {}
+        if encoder is None or isinstance(encoder, EncoderConfig):
+            config = changed(encoder, pos_embed_size, changes)
+            attention = _attention(chosen, config.depths[2], window, global_blocks, self.image_size)
+            self.encoder = ConvViT(config, drop_path=drop_path, attention=attention, conv_norm_eps=chosen.conv_norm_eps)
+            self.encoder.initialise_for_supervision()
+            of_the_encoder = {"window": attention.window, "global_blocks": attention.global_blocks}
+        else:
+            refuse_settings(
+                changes, drop_path=drop_path, pos_embed_size=pos_embed_size, window=window, global_blocks=global_blocks
+            )
+            self.encoder = encoder
+        self.pyramid = chosen.pyramid(self.encoder.feature_info, head_width)
+        strides = self.pyramid.strides
+        if len(anchor_sizes) != len(strides) + 1:
+            raise UserError(
+                f"{len(anchor_sizes)} anchor sizes for {len(strides) + 1} levels of the pyramid: give one to each"
+            )
         if min(anchor_sizes) < 1:
             raise UserError(f"anchors of {min(anchor_sizes)} pixels cannot be: sizes are at least 1")
-        chosen = FORMS[form]
-        window = chosen.window if window is None else window
-        blocks = chosen.global_blocks(depths[2]) if global_blocks is None else tuple(global_blocks)
-        if window < 1 or not all(0 <= block < depths[2] for block in blocks):
-            raise UserError(f"window {window} or global blocks {blocks} cannot be: there are {depths[2]} blocks")
-        self.settings: dict[str, Any] = {  # what a weights file records, so that `load` builds the same detector
-            "image_size": checked_size(image_size),
-            "in_channels": in_channels,
+        self.num_classes = num_classes
+        self._head: dict[str, Any] = {  # what a weights file records, besides the encoder
+            "image_size": self.image_size,
             "num_classes": num_classes,
             "form": form,
-            "widths": tuple(widths),
-            "depths": tuple(depths),
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "kernel_size": kernel_size,
-            "pos_embed_size": (pos_embed_size[0], pos_embed_size[1]),
-            "window": window,
-            "global_blocks": blocks,
+            **of_the_encoder,
             "head_width": head_width,
             "box_width": box_width,
             "anchor_sizes": tuple(anchor_sizes),
@@ -205,14 +257,6 @@ class Detector(nn.Module):
             "classes": None if classes is None else list(classes),
             "category_ids": None if category_ids is None else list(category_ids),
         }
-        self.num_classes = num_classes
-        self.encoder = ConvViT(
-            pos_embed_size, in_channels, widths, depths, num_heads, mlp_ratio, kernel_size, drop_path,
-            AttentionOnMaps(chosen.positions, window, blocks, grid_of(image_size)), chosen.conv_norm_eps,
-        )  # fmt: skip
-        self.encoder.pos_embed.requires_grad_(True)
-        self.encoder.initialise_for_supervision()
-        self.pyramid = chosen.pyramid([info["num_chs"] for info in self.encoder.feature_info], head_width)
         ratios = (0.5, 1.0, 2.0)
         self.rpn = RegionProposalNetwork(
             _Anchors(tuple((side,) for side in anchor_sizes), (ratios,) * len(anchor_sizes)),
@@ -228,7 +272,7 @@ class Detector(nn.Module):
         convolutions = [head_width] * 4
         norm_layer: Any = chosen.norm_layer
         self.roi_heads = RoIHeads(
-            _RegionPooling(7),
+            _RegionPooling(7, strides),
             FastRCNNConvFCHead((head_width, 7, 7), convolutions, [box_width], norm_layer),
             _BoxPredictor(box_width, num_classes + 1),
             fg_iou_thresh=0.5,
@@ -239,15 +283,33 @@ class Detector(nn.Module):
             score_thresh=0.05,
             nms_thresh=0.5,
             detections_per_img=100,
-            mask_roi_pool=_RegionPooling(14),
+            mask_roi_pool=_RegionPooling(14, strides),
             mask_head=MaskRCNNHeads(head_width, convolutions, 1, norm_layer),
             mask_predictor=MaskRCNNPredictor(head_width, head_width, num_classes + 1),
         )
 
     @property
+    def description(self) -> dict[str, Any]:
+        """What a weights file records, so that `load` builds the same detector."""
+        return {"kind": self.kind, "encoder": self.encoder.description["encoder"], "head": dict(self._head)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The same as one dictionary: arguments that make the same detector."""
+        known = weights.flat(self.description)
+        if isinstance(self.encoder, ConvViT):
+            known["pos_embed_size"] = self.encoder.image_size
+        return known
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images."""
+        return self.encoder.in_channels
+
+    @property
     def classes(self) -> list[str]:
         """Names of the classes, or their numbers from 1 on where nobody gave names."""
-        return self.settings["classes"] or [str(number) for number in range(1, self.num_classes + 1)]
+        return self._head["classes"] or [str(number) for number in range(1, self.num_classes + 1)]
 
     def forward(
         self, images: Tensor, targets: Sequence[Target] | None = None, sizes: Sequence[tuple[int, int]] | None = None
@@ -309,14 +371,13 @@ class Detector(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters belong to one layer, in timm's words, for layer-wise learning-rate decay.
 
-        All before the transformer is layer 0, block i is i + 1, pyramid and heads, which nothing here matches, are the
-        last.
+        The encoder's layers come first; pyramid and heads, which nothing here matches, are the last.
         """
-        return {"before": LAYERS_BEFORE_TRANSFORMER, "blocks": r"^encoder\.stage3\.(\d+)"}
+        return prefixed_matcher(self.encoder.group_matcher(coarse))
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay, besides biases and norms: all tables of positions."""
-        return {name for name, _ in self.named_parameters() if "pos_embed" in name or "positions." in name}
+        """Parameters without weight decay, besides biases and norms: those of the encoder, all tables of positions."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training computes the encoder's blocks twice to use less memory."""
@@ -353,13 +414,13 @@ class _BoxPredictor(FastRCNNPredictor):
 
 
 class _RegionPooling(MultiScaleRoIAlign):
-    """Crops of the pyramid, `side` cells high and wide, from the level that fits a box's size."""
+    """Crops of the pyramid, `side` cells high and wide, from the level that fits a box's size; strides: of them."""
 
-    def __init__(self, side: int) -> None:
-        super().__init__(list(_LEVELS), side, sampling_ratio=2)
+    def __init__(self, side: int, strides: Sequence[int]) -> None:
+        super().__init__([str(level) for level in range(len(strides))], side, sampling_ratio=2)
         # torchvision guesses the strides from the first pictures, wrongly where they fill a part of their images.
-        self.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
-        self.map_levels = LevelMapper(2, 5)
+        self.scales = [1 / stride for stride in strides]
+        self.map_levels = LevelMapper(int(log2(strides[0])), int(log2(strides[-1])))
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         crops = super().forward(x, boxes, image_shapes)

@@ -6,39 +6,34 @@ serves both; only the depthwise convolution looks at neighbours and is told whic
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, build_sincos2d_pos_embed, resample_abs_pos_embed_nhwc
+from timm.layers import DropPath
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 from torch.utils.checkpoint import checkpoint
 
 from convmae.errors import UserError
-from convmae.masking import Grid
-from convmae.models.attention import (
-    AttentionOnMaps,
-    DecomposedPositions,
-    MapAttention,
-    MapBlock,
-    RelativePositionTable,
-    TransformerBlock,
-)
+from convmae.models.attention import AttentionOnMaps, MapAttention, MapBlock, TransformerBlock
+from convmae.models.config import EncoderConfig, changed, grid_of
 from convmae.models.hub import HubEncoder
 from convmae.models.layers import Linear, Mlp, initialise_linear
+from convmae.models.positions import (
+    DecomposedPositions,
+    RelativePositionTable,
+    resized_pos_embed,
+    sincos_pos_embed,
+)
 from convmae.ops.masked_depthwise import masked_depthwise, masked_depthwise_dense
 from convmae.packing import Packing
 
-PATCH = 16  # pixels along the side of a stage-3 token
-CELLS = 4  # stage-1 cells along the side of a stage-3 token
-
-LAYERS_BEFORE_TRANSFORMER = (
-    r"^encoder\.(?:pos_embed|projection|downsample\d|stage[12]|window_positions|global_positions)"
-)
-"""Parameters, in a model whose encoder is `encoder`, that are layer 0 for layer-wise learning-rate decay."""
+_BEFORE_TRANSFORMER = r"^(?:pos_embed|projection|downsample\d|stage[12]|window_positions|global_positions)"
+"""Parameters that are layer 0 for layer-wise learning-rate decay."""
 
 Where = Packing | Tensor | None
 """Which way a map is on. Packing: packed. (B, H, W) bool: dense, True = visible. None: dense, all visible."""
@@ -127,43 +122,28 @@ class Stages(NamedTuple):
 class ConvViT(nn.Module, HubEncoder):
     """The hybrid encoder: convolution stages 1 and 2, transformer stage 3 (section 3.1; defaults are the paper's base).
 
-    image_size: height and width in pixels, multiples of 16; it sets the grid of the position embedding, which is
-        resized for inputs of another size.
-    widths, depths: channels and blocks of the three stages. kernel_size: of the depthwise convolutions, odd.
+    config: what it is made of. changes: fields of it that are to be others, such as `in_channels=1`.
     drop_path: rate of the last block; it grows linearly from 0 at the first.
     attention: how the transformer attends in a downstream form, for the dense way only; None: all tokens to all.
     conv_norm_eps: epsilon of the convolution blocks' LayerNorms, which one published form has smaller.
     """
 
+    kind = "encoder"
+
     def __init__(
         self,
-        image_size: tuple[int, int] = (224, 224),
-        in_channels: int = 3,
-        widths: Sequence[int] = (256, 384, 768),
-        depths: Sequence[int] = (2, 2, 11),
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        kernel_size: int = 5,
+        config: EncoderConfig = EncoderConfig(),  # noqa: B008 (frozen)
+        *,
         drop_path: float = 0.0,
         attention: AttentionOnMaps | None = None,
         conv_norm_eps: float = 1e-5,
+        **changes: Any,
     ) -> None:
         super().__init__()
-        if kernel_size % 2 == 0 or kernel_size < 1:
-            raise UserError(f"kernel size {kernel_size} is not odd: choose 3, 5, 7 or 9")
-        if widths[2] % num_heads:
-            raise UserError(f"width {widths[2]} does not divide into {num_heads} heads: choose a divisor")
+        self.config = config = replace(config, **changes)
+        widths, depths = config.widths, config.depths
         rates = [drop_path * block / max(sum(depths) - 1, 1) for block in range(sum(depths))]
         rates1, rates2, rates3 = rates[: depths[0]], rates[depths[0] : -depths[2]], rates[-depths[2] :]
-        self.settings: dict[str, Any] = {  # what a weights file records, so that `load` builds the same encoder
-            "image_size": (image_size[0], image_size[1]),
-            "in_channels": in_channels,
-            "widths": tuple(widths),
-            "depths": tuple(depths),
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "kernel_size": kernel_size,
-        }
         self.feature_info: list[dict[str, Any]] = [  # of the three maps, in timm's words
             {"num_chs": width, "reduction": stride, "module": f"stage{stage}.{depth - 1}"}
             for stage, (width, stride, depth) in enumerate(zip(widths, (4, 8, 16), depths, strict=True), start=1)
@@ -171,22 +151,45 @@ class ConvViT(nn.Module, HubEncoder):
         self.num_stages = 3  # fewer after `prune_intermediate_layers`
         self.grad_checkpointing = False
 
-        self.normalize = Normalize(in_channels)
-        self.downsample1 = Downsample(in_channels, widths[0], 4)
+        self.normalize = Normalize(config.in_channels)
+        self.downsample1 = Downsample(config.in_channels, widths[0], 4)
         self.downsample2 = Downsample(widths[0], widths[1], 2)
         self.downsample3 = Downsample(widths[1], widths[2], 2)
         self.projection = Linear(widths[2], widths[2])
-        self.pos_embed = nn.Parameter(sincos_pos_embed(grid_of(image_size), widths[2]), requires_grad=False)
-        conv_block = partial(ConvBlock, kernel_size=kernel_size, mlp_ratio=mlp_ratio, norm_eps=conv_norm_eps)
+        self.pos_embed = nn.Parameter(sincos_pos_embed(config.grid, widths[2]), requires_grad=False)
+        conv_block = partial(
+            ConvBlock, kernel_size=config.kernel_size, mlp_ratio=config.mlp_ratio, norm_eps=conv_norm_eps
+        )
         self.stage1 = nn.ModuleList(conv_block(widths[0], drop_path=rate) for rate in rates1)
         self.stage2 = nn.ModuleList(conv_block(widths[1], drop_path=rate) for rate in rates2)
         self.attention = attention
         self.window_positions: RelativePositionTable | None = None
         self.global_positions: RelativePositionTable | None = None
         if attention is None:
-            self.stage3 = nn.ModuleList(TransformerBlock(widths[2], num_heads, mlp_ratio, rate) for rate in rates3)
+            block = partial(TransformerBlock, widths[2], config.num_heads, config.mlp_ratio)
+            self.stage3 = nn.ModuleList(block(rate) for rate in rates3)
         else:
-            self._attend_on_maps(attention, widths[2], num_heads, mlp_ratio, rates3)
+            self._attend_on_maps(attention, rates3)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a weights file records, so that the same encoder can be built."""
+        return {"kind": self.kind, "encoder": self.config.settings}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of the configuration by name."""
+        return self.config.settings
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels that its table of positions is for."""
+        return self.config.image_size
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images."""
+        return self.config.in_channels
 
     def convolve(self, x: Tensor, where1: Where = None, where2: Where = None) -> Stages:
         """The part before the transformer: pixels, dense (B, H, W, C) or packed (B, K, 16, 16, C), to three maps.
@@ -245,21 +248,34 @@ class ConvViT(nn.Module, HubEncoder):
 
     def set_input_size(self, image_size: Sequence[int]) -> None:
         """Resize the table of positions for good to the grid of (height, width) pixels."""
-        grid = grid_of(image_size)
-        self.settings["image_size"] = (image_size[0], image_size[1])
+        self.config = changed(self.config, image_size, {})
         with torch.no_grad():
-            table = resized_pos_embed(self.pos_embed, grid).clone()
+            table = resized_pos_embed(self.pos_embed, self.config.grid).clone()
         self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
 
     def initialise_for_supervision(self) -> None:
         """The transformer's linear layers anew: truncated normal 0.02 and zero bias, as published without pretraining.
 
-        The convolutions keep torch's own.
+        The convolutions keep torch's own. The table of positions learns from now on.
         """
+        self.pos_embed.requires_grad_(True)
         for part in (self.projection, self.stage3):
             for module in part.modules():
                 if isinstance(module, nn.Linear):
                     initialise_linear(module)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters belong to one layer, in timm's words: the published ids for layer-wise learning-rate decay.
+
+        All before the transformer is layer 0, block i is i + 1. coarse: a layer a stage.
+        """
+        if coarse:
+            return {"stages": [(r"^(?:downsample|stage)(\d)", None), (_BEFORE_TRANSFORMER, (3,))]}
+        return {"before": _BEFORE_TRANSFORMER, "blocks": r"^stage3\.(\d+)"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay, besides biases and norms: all tables of positions."""
+        return {name for name, _ in self.named_parameters() if "pos_embed" in name or "positions." in name}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps only the inputs of the blocks and computes the rest twice: slower, in less memory."""
@@ -280,10 +296,9 @@ class ConvViT(nn.Module, HubEncoder):
                 maps.append(self._transform_map(x, self.attention))
         return maps
 
-    def _attend_on_maps(
-        self, attention: AttentionOnMaps, width: int, num_heads: int, mlp_ratio: float, rates: Sequence[float]
-    ) -> None:
+    def _attend_on_maps(self, attention: AttentionOnMaps, rates: Sequence[float]) -> None:
         """Make the transformer of the downstream forms."""
+        width, num_heads, mlp_ratio = self.config.widths[2], self.config.num_heads, self.config.mlp_ratio
         window = (attention.window, attention.window)
         whole = sum(number in attention.global_blocks for number in range(len(rates)))
         if attention.positions == "shared" and whole < len(rates):
@@ -362,31 +377,3 @@ class Normalize(nn.Module):
     def undo(self, images: Tensor) -> Tensor:
         """Normalised images back to colours in [0, 1]."""
         return (images * self.std + self.mean).clamp(0, 1)
-
-
-def grid_of(image_size: Sequence[int]) -> Grid:
-    """Tokens along height and width for an image size in pixels. Raises UserError unless both are multiples of 16."""
-    height, width = image_size
-    if height < PATCH or width < PATCH or height % PATCH or width % PATCH:
-        raise UserError(f"image size {height}x{width} is not divisible by {PATCH}: choose multiples of {PATCH}")
-    return height // PATCH, width // PATCH
-
-
-def sincos_pos_embed(grid: Grid, width: int) -> Tensor:
-    """Fixed 2-D sine-cosine position embedding, (1, H, W, C): first half from the column, second half from the row."""
-    if width % 4:
-        raise UserError(f"width {width} is not divisible by 4, as the position embedding needs: choose a multiple of 4")
-    by_row, by_column = build_sincos2d_pos_embed(list(grid), width, interleave_sin_cos=True).chunk(2, dim=1)
-    return torch.cat([by_column, by_row], dim=1).view(1, *grid, width)
-
-
-def resized_pos_embed(pos_embed: Tensor, grid: Grid) -> Tensor:
-    """A position embedding (1, H, W, C) resized bicubically to another grid, as the published code does it."""
-    if pos_embed.shape[1:3] == grid:  # timm looks at this too, but never while exporting
-        return pos_embed
-    return resample_abs_pos_embed_nhwc(pos_embed, list(grid), antialias=False)
-
-
-def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """The two sides of an image size that may be one number."""
-    return (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])

@@ -1,4 +1,4 @@
-"""Whether weights fit a model, all of its tensors, in its shapes, and nothing else, and how to make them fit."""
+"""How the weights of one model are made to fit another: other grids, other classes, parts that one of them lacks."""
 
 import logging
 from collections.abc import Mapping
@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from convmae.errors import UserError
-from convmae.models.attention import resized_offsets, resized_table
-from convmae.models.encoder import resized_pos_embed
-from convmae.weights import StateDict
+from convmae.models.positions import resized_offsets, resized_pos_embed, resized_table
+from convmae.weights import StateDict, check
 
 _log = logging.getLogger(__name__)
 
@@ -16,29 +15,30 @@ _SCALES = {".ls1.gamma": ".attn.proj", ".ls2.gamma": ".mlp.fc2"}
 """The layer whose result is scaled, by the end of the scale's name."""
 
 
-def fit(state: Mapping[str, Tensor], model: Mapping[str, Tensor], resize_positions: bool = False) -> StateDict:
+def fit(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> StateDict:
     """The tensors of `state` for a model whose own state dict is `model`.
 
-    resize_positions: position embeddings of another grid are resized bicubically. Raises UserError that names the first
-        tensor that does not fit.
+    Position embeddings of another grid are resized bicubically. Raises UserError that names the first tensor that does
+    not fit.
     """
     fitting = dict(state)
     for name, own in model.items():
-        if name not in state:
-            raise UserError(f"the weights do not fit the model: the file lacks {name}; check the model's settings")
-        if resize_positions and name.endswith("pos_embed") and state[name].shape[-1] == own.shape[-1]:
+        if name.endswith("pos_embed") and name in state and state[name].shape[-1] == own.shape[-1]:
             fitting[name] = resized_pos_embed(state[name], (own.shape[1], own.shape[2]))
-        if own.shape != fitting[name].shape:
-            raise UserError(
-                f"the weights do not fit the model: {name} is {tuple(state[name].shape)} in the file and "
-                f"{tuple(own.shape)} in the model; check the model's settings"
-            )
-    for name in state:
-        if name not in model:
-            raise UserError(
-                f"the weights do not fit the model: the file has {name} besides; check the model's settings"
-            )
+    check(fitting, model)
     return fitting
+
+
+def fit_encoder(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> StateDict:
+    """The encoder of any model's weights, under our names, for a plain encoder whose own state dict is `model`.
+
+    Relative positions are left out, and layer scale is multiplied into the layers before it; positions are resized.
+    Raises UserError that names the first tensor that does not fit.
+    """
+    prefix = "encoder."
+    given = {name: value for name, value in without_downstream(state).items() if name.startswith(prefix)}
+    fitting = fit(given, {prefix + name: value for name, value in model.items()})
+    return {name.removeprefix(prefix): value for name, value in fitting.items()}
 
 
 def fit_downstream(
@@ -77,7 +77,7 @@ def fit_downstream(
         given |= {name: value for name, value in model.items() if name.startswith(last_layers)}
     known = {name.split(".")[0] for name in given}
     kept = {name: value for name, value in model.items() if name.split(".")[0] not in known or _is_downstream(name)}
-    return fit({**kept, **given}, model, resize_positions=True)
+    return fit({**kept, **given}, model)
 
 
 def _is_downstream(name: str) -> bool:

@@ -3,13 +3,16 @@
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from torch import nn
 
 from convmae import weights
 from convmae.errors import UserError
+from convmae.models.config import EncoderConfig
+from convmae.models.fitting import fit_encoder
+from convmae.models.sizes import encoder_in_file
 
 if TYPE_CHECKING:
     from convmae.models.encoder import ConvViT
@@ -61,8 +64,9 @@ class HubEncoder(
 ):
     """What the encoder inherits: `from_pretrained` here, `save_pretrained` and `push_to_hub` of huggingface_hub."""
 
-    settings: dict[str, Any]
+    config: EncoderConfig
     feature_info: list[dict[str, Any]]
+    description: Any
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -78,11 +82,10 @@ class HubEncoder(
     ) -> "ConvViT":
         """The encoder of a repository `user/name`, or of any folder or weights file that `convmae.load` takes.
 
-        settings: arguments of ConvViT, such as drop_path; by default the file's. The encoder is in evaluation mode.
-        Raises UserError where there are no such weights.
+        settings: arguments of ConvViT, such as drop_path or image_size; by default the file's. The encoder is in
+        evaluation mode, and its table of positions learns if it is trained. Raises UserError where there are no such
+        weights.
         """
-        from convmae.models.registry import load_classifier  # it imports the encoder, which imports this
-
         source = Path(pretrained_model_name_or_path)
         if not source.exists():
             name = str(pretrained_model_name_or_path)
@@ -105,22 +108,26 @@ class HubEncoder(
                     f"{name} is no folder here, and its {weights.MODEL_FILE} cannot be had from the Hugging Face Hub "
                     f"({type(error).__name__}): check the name, the network and your login"
                 ) from error
-        return load_classifier(source, num_classes=0, **settings).encoder.eval()
+        state, facts = weights.read(source)
+        encoder = cast("type[ConvViT]", cls)(encoder_in_file(state, facts, settings.get("num_heads")), **settings)
+        encoder.load_state_dict(fit_encoder(state, encoder.state_dict()))
+        encoder.pos_embed.requires_grad_(True)
+        return encoder.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
         state = {f"encoder.{name}": value for name, value in self.state_dict().items()}
-        weights.save(save_directory / weights.MODEL_FILE, state, self.settings)
-        (save_directory / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+        weights.save(save_directory / weights.MODEL_FILE, state, self.description)
+        (save_directory / "config.json").write_text(json.dumps(self.config.settings, indent=2) + "\n")
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """What the weights are and how to load them."""
         assert isinstance(self, nn.Module)
         facts = {
-            "settings": self.settings,
+            "settings": self.config.settings,
             "stages": [
                 (info["num_chs"], info["reduction"], depth)
-                for info, depth in zip(self.feature_info, self.settings["depths"], strict=True)
+                for info, depth in zip(self.feature_info, self.config.depths, strict=True)
             ],
             "parameters": round(sum(parameter.numel() for parameter in self.parameters()) / 1e6, 1),
         }

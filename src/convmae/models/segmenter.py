@@ -14,7 +14,9 @@ from torch.nn.functional import cross_entropy, interpolate, pad
 from convmae import weights
 from convmae.errors import UserError
 from convmae.models.attention import AttentionOnMaps
-from convmae.models.encoder import LAYERS_BEFORE_TRANSFORMER, PATCH, ConvViT, grid_of
+from convmae.models.backbone import Backbone, prefixed_matcher, refuse_settings
+from convmae.models.config import PATCH, EncoderConfig, changed, height_and_width
+from convmae.models.encoder import ConvViT
 from convmae.models.fitting import fit_downstream
 
 IGNORED = 255
@@ -115,29 +117,29 @@ class Segmenter(nn.Module):
 
     image_size: height and width in pixels, multiples of 16 from 48 on, of the crops that it is trained on; the tables
         of positions are for it, and are resized for inputs of another size.
-    widths, depths, num_heads, mlp_ratio, kernel_size, drop_path: of the encoder, see ConvViT.
+    encoder: what the ConvViT is made of, by default the paper's base, or another encoder, which is taken as it is;
+        changes: fields of the former that are to be others. drop_path: of a ConvViT, see there.
     head_width, auxiliary_width: channels of UperNet's convolutions, and of the auxiliary head's.
     auxiliary_weight: of the auxiliary head's loss; the head looks at stride 16, in training only.
     classes: their names. reduce_zero_label: whether label 0 of the data's files was no class, as ADE20K's; recorded for
         whoever writes label maps.
     """
 
+    kind = "segmenter"
+
     def __init__(
         self,
-        image_size: tuple[int, int] = (512, 512),
-        in_channels: int = 3,
+        image_size: int | Sequence[int] | None = None,
+        *,
+        encoder: EncoderConfig | Backbone | None = None,
         num_classes: int = 150,
-        widths: Sequence[int] = (256, 384, 768),
-        depths: Sequence[int] = (2, 2, 11),
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        kernel_size: int = 5,
         drop_path: float = 0.0,
         head_width: int = 768,
         auxiliary_width: int = 256,
         auxiliary_weight: float = 0.4,
         classes: Sequence[str] | None = None,
         reduce_zero_label: bool = False,
+        **changes: Any,
     ) -> None:
         super().__init__()
         most = IGNORED - reduce_zero_label
@@ -145,40 +147,65 @@ class Segmenter(nn.Module):
             raise UserError(f"a segmenter of {num_classes} classes: choose 2 to {most}, as label maps have 8 bits")
         if classes is not None and len(classes) != num_classes:
             raise UserError(f"{len(classes)} names for {num_classes} classes: give one to each")
-        self.settings: dict[str, Any] = {  # what a weights file records, so that `load` builds the same segmenter
-            "image_size": checked_size(image_size),
-            "in_channels": in_channels,
+        self.num_classes = num_classes
+        self.image_size = checked_size((512, 512) if image_size is None else height_and_width(image_size))
+        self.encoder: Any  # a Backbone and a module: no type says both
+        if encoder is None or isinstance(encoder, EncoderConfig):
+            config = changed(encoder, self.image_size, changes)
+            everywhere = tuple(range(config.depths[2]))
+            attention = AttentionOnMaps("own", 0, everywhere, config.grid, layer_scale=1.0, norm_eps=1e-5)
+            self.encoder = ConvViT(config, drop_path=drop_path, attention=attention)
+            self.encoder.initialise_for_supervision()
+        else:
+            refuse_settings(changes, drop_path=drop_path)
+            self.encoder = encoder
+        self._head: dict[str, Any] = {  # what a weights file records, besides the encoder
+            "image_size": self.image_size,
             "num_classes": num_classes,
-            "widths": tuple(widths),
-            "depths": tuple(depths),
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "kernel_size": kernel_size,
             "head_width": head_width,
             "auxiliary_width": auxiliary_width,
             "auxiliary_weight": auxiliary_weight,
             "classes": None if classes is None else list(classes),
             "reduce_zero_label": reduce_zero_label,
         }
-        self.num_classes = num_classes
-        everywhere = tuple(range(depths[2]))
-        self.encoder = ConvViT(
-            image_size, in_channels, widths, depths, num_heads, mlp_ratio, kernel_size, drop_path,
-            AttentionOnMaps("own", 0, everywhere, grid_of(image_size), layer_scale=1.0, norm_eps=1e-5),
-        )  # fmt: skip
-        self.encoder.pos_embed.requires_grad_(True)
-        self.encoder.initialise_for_supervision()
-        self.downsample4 = nn.Sequential(  # without padding, as published
-            nn.Conv2d(widths[2], widths[2], 3, stride=2), nn.BatchNorm2d(widths[2]), nn.GELU()
-        )
-        self.decode_head = UperNetHead([*widths, widths[2]], head_width, num_classes)
-        self.auxiliary_head = FCNHead(widths[2], auxiliary_width, num_classes)
+        widths = [info["num_chs"] for info in self.encoder.feature_info]
+        strides = [info["reduction"] for info in self.encoder.feature_info]
+        if 16 not in strides:
+            raise UserError(
+                f"a segmenter cannot stand on maps of strides {', '.join(map(str, strides))}: its auxiliary head looks "
+                "at stride 16, choose an encoder that has it"
+            )
+        self._auxiliary = strides.index(16)
+        self.halves_the_last = strides[-1] == 16  # else the encoder itself gives stride 32
+        self.downsample4: nn.Module = nn.Identity()
+        if self.halves_the_last:
+            self.downsample4 = nn.Sequential(  # without padding, as published
+                nn.Conv2d(widths[-1], widths[-1], 3, stride=2), nn.BatchNorm2d(widths[-1]), nn.GELU()
+            )
+            widths.append(widths[-1])
+        self.decode_head = UperNetHead(widths, head_width, num_classes)
+        self.auxiliary_head = FCNHead(widths[self._auxiliary], auxiliary_width, num_classes)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a weights file records, so that `load` builds the same segmenter."""
+        return {"kind": self.kind, "encoder": self.encoder.description["encoder"], "head": dict(self._head)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The same as one dictionary: arguments that make the same segmenter."""
+        return weights.flat(self.description)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images."""
+        return self.encoder.in_channels
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes, or their labels in the data's files where nobody gave names."""
-        first = int(self.settings["reduce_zero_label"])
-        return self.settings["classes"] or [str(first + number) for number in range(self.num_classes)]
+        first = int(self._head["reduce_zero_label"])
+        return self._head["classes"] or [str(first + number) for number in range(self.num_classes)]
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Any:
         """The losses in training mode, the scores of each pixel in evaluation mode.
@@ -195,16 +222,19 @@ class Segmenter(nn.Module):
             return scores
         assert labels is not None
         segmentation = _loss(scores, labels)
-        auxiliary = _loss(_resized(self.auxiliary_head(maps[2]).float(), size), labels)
-        loss = segmentation + self.settings["auxiliary_weight"] * auxiliary
+        auxiliary = _loss(_resized(self.auxiliary_head(maps[self._auxiliary]).float(), size), labels)
+        loss = segmentation + self._head["auxiliary_weight"] * auxiliary
         return SegmentationLosses(loss, segmentation, auxiliary)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """The maps that the heads look at, (B, C, H / f, W / f) of strides 4, 8, 16 and, rounded down, 32."""
+        """The maps that the heads look at, (B, C, H / f, W / f): the encoder's, the largest first, up to stride 32.
+
+        Where it gives none of stride 32, as ConvViT, one is made here, of sides rounded down.
+        """
         checked_size(images.shape[-2:])
         maps = self.encoder.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
         maps = [x.permute(0, 3, 1, 2) for x in maps]  # channels-last in memory
-        return [*maps, self.downsample4(maps[-1])]
+        return [*maps, self.downsample4(maps[-1])] if self.halves_the_last else maps
 
     def slide(
         self,
@@ -288,9 +318,9 @@ class Segmenter(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters belong to one layer, in timm's words, for layer-wise learning-rate decay.
 
-        All before the transformer is layer 0, block i is i + 1, the rest, which nothing here matches, is the last.
+        The encoder's layers come first; the rest, which nothing here matches, is the last.
         """
-        return {"before": LAYERS_BEFORE_TRANSFORMER, "blocks": r"^encoder\.stage3\.(\d+)"}
+        return prefixed_matcher(self.encoder.group_matcher(coarse))
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay, besides biases, norms and layer scale: none, as published."""

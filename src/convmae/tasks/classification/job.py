@@ -15,7 +15,6 @@ from convmae.data.loading import Loading, build_evaluation_loader, build_trainin
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 from convmae.evaluation.accuracy import Accuracy, evaluate
-from convmae.kinds import told
 from convmae.models.classifier import Classifier
 from convmae.training.run import Job, Supervision
 
@@ -121,6 +120,6 @@ class FinetuningJob(ClassificationJob):
     def load(self, file: Path, network: nn.Module) -> None:
         """Fill the network; raises UserError where the file is of other classes."""
         state, facts = weights.read(file)
-        if told(state, facts).head.get("classes") != self.classes:
+        if weights.flat(facts).get("classes") != self.classes:
             raise UserError(f"{self._folder} holds a run with other classes than {self.data}: choose another --output")
         weights.fill(network, state)

@@ -12,7 +12,6 @@ from convmae.data.detection import LargeScaleJitter
 from convmae.data.failures import DecodingFailures
 from convmae.data.loading import Loading, build_training_loader
 from convmae.errors import UserError
-from convmae.kinds import told
 from convmae.models.detector import DetectionLosses, Detector
 from convmae.tasks.detection.judge import DetectionQuality, Judge
 from convmae.tasks.processes import share_batch_statistics
@@ -86,8 +85,8 @@ class DetectionJob(Job[DetectionQuality]):
         """Fill the network; raises UserError where the file is of other classes."""
         training, _ = self._sources
         state, facts = weights.read(file)
-        head = told(state, facts).head
-        if (head.get("classes"), head.get("category_ids")) != (training.classes, training.category_ids):
+        known = weights.flat(facts)
+        if (known.get("classes"), known.get("category_ids")) != (training.classes, training.category_ids):
             raise UserError(
                 f"{self._folder} holds a run with other classes than {training.name}: choose another --output"
             )

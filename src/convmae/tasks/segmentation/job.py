@@ -13,7 +13,6 @@ from convmae.data.loading import Loading, build_training_loader
 from convmae.data.segmentation import RandomScaleCrop
 from convmae.errors import UserError
 from convmae.evaluation.segmentation import SegmentationQuality
-from convmae.kinds import told
 from convmae.models.segmenter import SegmentationLosses, Segmenter
 from convmae.tasks.processes import share_batch_statistics, shares_batch_statistics
 from convmae.tasks.segmentation.judge import Judge
@@ -83,8 +82,8 @@ class SegmentationJob(Job[SegmentationQuality]):
         """Fill the network; raises UserError where the file is of other classes or counts them otherwise."""
         training, _ = self._sources
         state, facts = weights.read(file)
-        head = told(state, facts).head
-        if (head.get("classes"), head.get("reduce_zero_label")) != (training.classes, training.reduce_zero_label):
+        known = weights.flat(facts)
+        if (known.get("classes"), known.get("reduce_zero_label")) != (training.classes, training.reduce_zero_label):
             raise UserError(
                 f"{self._folder} holds a run with other classes than {training.name}, or with another "
                 "--reduce-zero-label: choose another --output"

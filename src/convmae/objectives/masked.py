@@ -4,17 +4,23 @@ Shape letters: B images (times the number of complementary sets), H x W the grid
 P = 16*16*channels values a token.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from convmae import weights
 from convmae.errors import UserError
 from convmae.masking import complementary_visible, random_visible, visible_count
+from convmae.models.config import CELLS, PATCH, EncoderConfig, changed, grid_of
 from convmae.models.decoder import Decoder
-from convmae.models.encoder import CELLS, PATCH, ConvViT, grid_of, merge_cells, resized_pos_embed
+from convmae.models.encoder import ConvViT, merge_cells
 from convmae.models.layers import Linear
+from convmae.models.positions import resized_pos_embed
+from convmae.models.sizes import TINY_DECODER
+from convmae.objectives.ablations import all_tokens, check_ablation, dense_stages, visible_pixels
+from convmae.objectives.patches import cut_patches, join_patches, patch_statistics, take_patches
 from convmae.packing import Packing
 
 
@@ -32,9 +38,9 @@ class Reconstruction(NamedTuple):
 class ConvMAE(nn.Module):
     """A masked autoencoder around a ConvViT; the defaults are the paper's base model.
 
-    image_size: pixels, one number or (height, width), multiples of 16. Inputs of other sizes work: the position
-        embeddings follow.
-    in_channels, widths, depths, num_heads, mlp_ratio, kernel_size: see ConvViT.
+    image_size: pixels, one number or (height, width), multiples of 16; by default the encoder's. Inputs of other sizes
+        work: the position embeddings follow.
+    encoder: what the encoder is made of, by default the paper's base; changes: fields of it that are to be others.
     decoder_width, decoder_depth, decoder_num_heads: the transformer decoder.
     multi_scale: fuse stages 1 and 2 into the latent (the multi-scale decoder, section 3.3).
     norm_pix: targets are the pixels of a patch normalised by the patch's own mean and variance.
@@ -47,15 +53,15 @@ class ConvMAE(nn.Module):
     Raises UserError for settings that contradict each other or are out of range.
     """
 
+    kind: ClassVar[str] = "convmae"
+    tiny: ClassVar[Mapping[str, Any]] = TINY_DECODER
+    tensor: ClassVar[str] = "decoder.mask_token"
+
     def __init__(
         self,
-        image_size: int | Sequence[int] = 224,
-        in_channels: int = 3,
-        widths: Sequence[int] = (256, 384, 768),
-        depths: Sequence[int] = (2, 2, 11),
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        kernel_size: int = 5,
+        image_size: int | Sequence[int] | None = None,
+        *,
+        encoder: EncoderConfig | None = None,
         decoder_width: int = 512,
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
@@ -66,32 +72,21 @@ class ConvMAE(nn.Module):
         mask_stage: int = 3,
         masked_convolution: bool = True,
         dense: bool = False,
+        **changes: Any,
     ) -> None:
         super().__init__()
-        size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-        grid = grid_of(size)
-        if mask_stage not in (1, 3):
-            raise UserError(f"mask stage {mask_stage} is unknown: choose 3 (block-wise) or 1 (the ablation)")
-        if mask_stage == 1 and (complementary_sets or not masked_convolution):
+        config = changed(encoder, image_size, changes)
+        height, width = config.grid
+        check_ablation(mask_stage, masked_convolution, complementary_sets)
+        if config.grid == (1, 1):
             raise UserError(
-                "masks drawn at stage 1 need masked convolutions and no complementary sets: drop one option"
-            )
-        if grid == (1, 1):
-            raise UserError(
-                f"image size {size[0]}x{size[1]} has a single token, nothing can be masked: choose a larger one"
+                f"image size {PATCH}x{PATCH} has a single token, nothing can be masked: choose a larger one"
             )
         # Both raise if the setting is out of range, here rather than in the first step.
-        visible_count(grid[0] * grid[1], mask_ratio)
+        visible_count(height * width, mask_ratio)
         if complementary_sets:
-            complementary_visible(1, grid, complementary_sets)
-        self.settings: dict[str, Any] = {  # what a weights file records, so that `load` builds the same model
-            "image_size": size,
-            "in_channels": in_channels,
-            "widths": tuple(widths),
-            "depths": tuple(depths),
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "kernel_size": kernel_size,
+            complementary_visible(1, config.grid, complementary_sets)
+        self._head: dict[str, Any] = {  # what a weights file records, besides the encoder
             "decoder_width": decoder_width,
             "decoder_depth": decoder_depth,
             "decoder_num_heads": decoder_num_heads,
@@ -109,14 +104,35 @@ class ConvMAE(nn.Module):
         self.norm_pix = norm_pix
         self.dense = dense or mask_stage == 1 or not masked_convolution
 
-        self.encoder = ConvViT(size, in_channels, widths, depths, num_heads, mlp_ratio, kernel_size)
+        self.encoder = ConvViT(config)
+        width1, width2, width3 = config.widths
         # Strided convolutions as matrix products, like Downsample: weights (C3, 4*4*C1) and (C3, 2*2*C2).
-        self.project1 = Linear(CELLS**2 * widths[0], widths[2]) if multi_scale else None
-        self.project2 = Linear(CELLS * widths[1], widths[2]) if multi_scale else None
-        self.norm = nn.LayerNorm(widths[2], eps=1e-6)
-        outputs = PATCH * PATCH * in_channels
-        self.decoder = Decoder(widths[2], outputs, grid, decoder_width, decoder_depth, decoder_num_heads)
+        self.project1 = Linear(CELLS**2 * width1, width3) if multi_scale else None
+        self.project2 = Linear(CELLS * width2, width3) if multi_scale else None
+        self.norm = nn.LayerNorm(width3, eps=1e-6)
+        outputs = PATCH * PATCH * config.in_channels
+        self.decoder = Decoder(width3, outputs, config.grid, decoder_width, decoder_depth, decoder_num_heads)
         self._initialise()
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a weights file records, so that `load` builds the same model."""
+        return {"kind": self.kind, "encoder": self.encoder.config.settings, "head": dict(self._head)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The same as one dictionary: arguments that make the same model."""
+        return weights.flat(self.description)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that it is given."""
+        return self.encoder.image_size
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images."""
+        return self.encoder.in_channels
 
     def forward(
         self,
@@ -145,6 +161,22 @@ class ConvMAE(nn.Module):
             loss = error.sum() / max(error.numel(), 1)  # 0 where nothing is masked
         return Reconstruction(loss, prediction, visible)
 
+    def training_loss(self, images: Tensor) -> Reconstruction:
+        """What a training step needs, nothing more: images (B, C, H*16, W*16), uint8 or normalised float."""
+        return self(images, masked_only=True)
+
+    def after_step(self, step: int) -> None:
+        """Nothing: no teacher follows."""
+
+    def examples(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Visible maps (B, H, W), the same each time, and reconstructions (B, C, H*16, W*16) of images, in [0, 1]."""
+        training = self.training
+        self.eval()
+        visible = self.draw_visible(images, torch.Generator().manual_seed(0))
+        reconstructions = self.reconstruct(images, visible)
+        self.train(training)
+        return visible, reconstructions
+
     def encode(self, images: Tensor, visible: Tensor) -> Tensor:
         """Latent (B, K, C3) of the visible tokens in row-major order, after fusion and normalisation."""
         visible, packing = self._mask(images, visible, None)
@@ -159,11 +191,11 @@ class ConvMAE(nn.Module):
         patches = self.patchify(images).flatten(2)  # (B, L, 16, 16, C) -> (B, L, P)
         prediction = self(images, visible).prediction.float()
         if self.norm_pix:
-            mean, deviation = _patch_statistics(patches)
+            mean, deviation = patch_statistics(patches)
             prediction = prediction * deviation + mean
         sight = self._pixelwise(visible, patches)
         mixed = torch.where(sight, patches, prediction)
-        return self.encoder.normalize.undo(_unpatchify(mixed, images.shape[-2:]))
+        return self.encoder.normalize.undo(join_patches(mixed, images.shape[-2:]))
 
     def draw_visible(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One visible map for each of `images` (B, C, H*16, W*16), drawn as in training; of several sets, the first."""
@@ -195,38 +227,26 @@ class ConvMAE(nn.Module):
         elif visible is None:
             visible = random_visible(batch, (height, width), self.mask_ratio, generator, images.device)
             count = visible_count(height * width, self.mask_ratio)
-        if self.mask_stage == 1:
-            # Nearly every token holds a visible cell then, so the transformer has to keep all of them: the cost that
-            # block-wise masking avoids.
-            tokens = torch.ones(visible.shape[0], *grid, dtype=torch.bool, device=images.device)
-            return visible, Packing.of(tokens, grid[0] * grid[1])
-        return visible, Packing.of(visible, count)
+        return visible, all_tokens(visible) if self.mask_stage == 1 else Packing.of(visible, count)
 
     def _encode(self, patches: Tensor, visible: Tensor, packing: Packing) -> Tensor:
-        pos_embed = resized_pos_embed(self.encoder.pos_embed, packing.grid).flatten(0, 2)  # (L, C)
+        """Encoder and fusion: patches (B, L, 16, 16, C) -> latent (B, K, C3) of the packing's tokens."""
         if self.dense:
-            sets = visible.shape[0] // patches.shape[0]
-            pixels = self._normalize(_dense_pixels(patches, packing.grid)).repeat(sets, 1, 1, 1)
-            stages = self.encoder.convolve(pixels, *self._visible_cells(visible))
+            stages = dense_stages(
+                self.encoder, patches, packing.grid, visible, self.mask_stage, self.masked_convolution
+            )
             pack: Callable[[Tensor], Tensor] = packing.pack
         else:
             # Patches are picked as bytes: what is not needed is never normalised.
             stages = self.encoder.convolve(self._normalize(take_patches(patches, packing)), packing, packing)
             pack = _unchanged
+        pos_embed = resized_pos_embed(self.encoder.pos_embed, packing.grid).flatten(0, 2)  # (L, C)
         tokens = pack(stages.stage3).flatten(1, 3) + pos_embed[packing.index]  # (B, K, 1, 1, C) -> (B, K, C)
         latent = self.encoder.transform(tokens)
         if self.project1 is not None and self.project2 is not None:
             latent = latent + pack(self.project1(merge_cells(stages.stage1, CELLS))).flatten(1, 3)
             latent = latent + pack(self.project2(merge_cells(stages.stage2, 2))).flatten(1, 3)
         return self.norm(latent)
-
-    def _visible_cells(self, visible: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What the convolutions of stages 1 and 2 may see on the dense way."""
-        if not self.masked_convolution:
-            return None, None
-        if self.mask_stage == 1:  # a stage-2 cell is visible if any of its four stage-1 cells is
-            return visible, merge_cells(visible[..., None], 2).any(dim=-1)
-        return _upsample(visible, CELLS), _upsample(visible, 2)
 
     def _loss_of_all(self, prediction: Tensor, target: Tensor, visible: Tensor) -> Tensor:
         """Mean squared error over the masked pixels of all tokens; target (B, L, P)."""
@@ -237,14 +257,9 @@ class ConvMAE(nn.Module):
 
     def _pixelwise(self, visible: Tensor, patches: Tensor) -> Tensor:
         """A visible map as bool that broadcasts against patches (B, L, P)."""
-        if self.mask_stage == 3:
-            return visible.flatten(1)[..., None]  # (B, L, 1)
-        pixels = _upsample(
-            merge_cells(visible[..., None], CELLS).unflatten(-1, (CELLS, CELLS)).flatten(0, 2), PATCH // CELLS
-        )
-        channels = patches.shape[-1] // PATCH**2
-        pixels = pixels.flatten(1).repeat_interleave(channels, dim=1)  # (B*L, 16, 16) -> (B*L, P)
-        return pixels.unflatten(0, (visible.shape[0], -1))
+        if self.mask_stage == 1:
+            return visible_pixels(visible, patches.shape[-1])
+        return visible.flatten(1)[..., None]  # (B, L, 1)
 
     def _initialise(self) -> None:
         """As published: Xavier-uniform for transformers and third downsampling, torch's own for the convolutions.
@@ -260,54 +275,15 @@ class ConvMAE(nn.Module):
         nn.init.normal_(self.decoder.mask_token, std=0.02)
 
 
-def cut_patches(images: Tensor) -> Tensor:
-    """Images (B, C, H*16, W*16) of any type -> patches (B, L, 16, 16, C), row by row.
-
-    Raises UserError for sides that are no multiples of 16.
-    """
-    height, width = grid_of(images.shape[-2:])
-    x = images.unflatten(3, (width, PATCH)).unflatten(2, (height, PATCH))  # (B, C, H, 16, W, 16)
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(1, 2)  # -> (B, H, W, 16, 16, C) -> (B, L, 16, 16, C)
-
-
-def take_patches(patches: Tensor, packing: Packing) -> Tensor:
-    """Those of the packing's tokens: (B, L, 16, 16, C) -> (n*B, K, 16, 16, C), n sets of tokens for each image."""
-    image = torch.arange(packing.index.shape[0], device=patches.device)[:, None] % patches.shape[0]
-    return patches[image, packing.index]
-
-
 def reconstruction_error(prediction: Tensor, target: Tensor, norm_pix: bool) -> Tensor:
     """Squared difference (..., L, P) of prediction (..., L, P) and normalised pixels (..., L, P), in float32.
 
     norm_pix: compare with pixels less their patch's mean, over its deviation (section 3.3).
     """
     if norm_pix:
-        mean, deviation = _patch_statistics(target)
+        mean, deviation = patch_statistics(target)
         target = (target - mean) / deviation
     return (prediction.float() - target).square()
-
-
-def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each patch, (B, L, 1); unbiased variance, eps 1e-6 as published."""
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return mean, (variance + 1e-6).sqrt()
-
-
-def _unpatchify(patches: Tensor, image_size: Sequence[int]) -> Tensor:
-    """(B, L, 16*16*C) -> (B, C, H, W)."""
-    height, width = grid_of(image_size)
-    x = patches.unflatten(1, (height, width)).unflatten(-1, (PATCH, PATCH, -1))  # (B, H, W, 16, 16, C)
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
-
-def _dense_pixels(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, L, 16, 16, C) -> (B, H*16, W*16, C)."""
-    return patches.unflatten(1, grid).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def _upsample(visible: Tensor, factor: int) -> Tensor:
-    """Nearest-neighbour: (B, H, W) -> (B, H * factor, W * factor)."""
-    return visible.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 
 def _unchanged(packed: Tensor) -> Tensor:
