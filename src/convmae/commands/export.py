@@ -21,7 +21,6 @@ from convmae.models.sizes import ENCODERS
 from convmae.models.timm import default_cfgs
 from convmae.objectives.masked import ConvMAE
 
-
 _SUFFIXES = {"onnx": (".onnx",), "torch-export": (".pt2",), "reference": (".pth", ".pt")}
 
 

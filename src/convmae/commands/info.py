@@ -17,7 +17,6 @@ from convmae.kinds import create_autoencoder, create_classifier, create_detector
 from convmae.models.config import height_and_width
 from convmae.objectives.masked import ConvMAE
 
-
 # Rows of the table -> the modules whose arithmetic and parameters they count.
 PARTS = {
     "stage 1": ("encoder.downsample1", "encoder.stage1"),

@@ -132,7 +132,7 @@ class ConvViT(nn.Module, HubEncoder):
 
     def __init__(
         self,
-        config: EncoderConfig = EncoderConfig(),  # noqa: B008 (frozen)
+        config: EncoderConfig = EncoderConfig(),
         *,
         drop_path: float = 0.0,
         attention: AttentionOnMaps | None = None,
