@@ -284,7 +284,7 @@ def test_safetensors_and_state_dicts_load_too(golden, tmp_path):
 )
 def test_our_own_file_brings_back_the_whole_model(tmp_path, settings):
     model = convmae.ConvMAE(**{**TINY, **DECODER, **settings})
-    weights.save(tmp_path / "model.safetensors", model.state_dict(), model.settings)
+    weights.save_model(tmp_path / "model.safetensors", model)
     back = convmae.load(tmp_path)
     assert {k: list(v) if isinstance(v, tuple) else v for k, v in back.settings.items()} == {
         k: list(v) if isinstance(v, tuple) else v for k, v in model.settings.items()
@@ -302,7 +302,7 @@ def test_sizes_are_read_from_the_tensors():
 
 def test_a_classifier_comes_back_with_its_classes(tmp_path):
     model = convmae.Classifier(**TINY, num_classes=7).eval()
-    weights.save(tmp_path / "c.safetensors", model.state_dict(), model.settings)
+    weights.save_model(tmp_path / "c.safetensors", model)
     back = convmae.load(tmp_path / "c.safetensors").eval()
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(model(images), back(images))
@@ -349,7 +349,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, name):
 
 def test_a_truncated_file_is_refused(tmp_path):
     model = convmae.ConvMAE(**TINY, **DECODER)
-    weights.save(tmp_path / "w.safetensors", model.state_dict(), model.settings)
+    weights.save_model(tmp_path / "w.safetensors", model)
     torch.save(model.state_dict(), tmp_path / "w.pth")
     for path in (tmp_path / "w.safetensors", tmp_path / "w.pth"):
         path.write_bytes(path.read_bytes()[:-1000])
@@ -363,7 +363,7 @@ def test_of_a_run_the_best_model_is_meant_then_the_newest_checkpoint(tmp_path):
         model = convmae.Classifier(**TINY, num_classes=order.index(place) + 2)
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
         file = tmp_path / place / "model.safetensors"
-        weights.save(file, model.state_dict(), model.settings)
+        weights.save_model(file, model)
         assert weights.locate(tmp_path) == weights.locate(file) == weights.locate(tmp_path / place) == file
         assert convmae.load(tmp_path).num_classes == order.index(place) + 2
     assert weights.locate(tmp_path / "checkpoints/step-00000020").parent.name == "step-00000020"
@@ -389,5 +389,16 @@ def test_an_empty_folder_and_a_dict_without_weights_are_refused(tmp_path):
 
 def test_our_format_is_plain_safetensors(tmp_path):
     model = convmae.ConvMAE(**TINY, **DECODER)
-    weights.save(tmp_path / "w.safetensors", model.state_dict(), model.settings)
+    weights.save_model(tmp_path / "w.safetensors", model)
     assert load_file(tmp_path / "w.safetensors").keys() == model.state_dict().keys()
+
+
+def test_weights_of_another_shape_are_refused_in_one_line():
+    model = convmae.create_autoencoder("tiny", image_size=32)
+    for other in (
+        convmae.create_autoencoder("tiny", image_size=64),
+        convmae.create_autoencoder("tiny", image_size=32, multi_scale=False),
+    ):
+        with pytest.raises(convmae.UserError, match="do not fit the model") as error:
+            weights.fill(model, other.state_dict())
+        assert "\n" not in str(error.value)

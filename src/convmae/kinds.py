@@ -222,7 +222,9 @@ def _head_in_file(
     """The settings of a file's model besides its encoder's."""
     if "kind" in facts:
         head = dict(facts.get("head", {}))
-        return {**head, "decoder_num_heads": decoder_num_heads} if decoder_num_heads else head
+        if decoder_num_heads and "decoder_num_heads" in head:
+            head["decoder_num_heads"] = decoder_num_heads
+        return head
     known = {**weights.sizes(state), **facts}
     if kind is _DETECTOR and "form" not in known:
         raise UserError("these weights do not tell the detector's settings: fill a convmae.Detector with them by hand")

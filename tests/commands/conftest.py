@@ -33,7 +33,7 @@ def _trained(create, folder, name, **settings):
             if parameter.ndim == 2:
                 parameter.mul_(3)
     path = folder / f"{name}.safetensors"
-    weights.save(path, model.state_dict(), model.settings)
+    weights.save_model(path, model)
     return path
 
 

@@ -78,7 +78,7 @@ def untrained(path, form):
         proposals=50,
         rois=16,
     )
-    weights.save(path, detector.state_dict(), detector.settings)
+    weights.save_model(path, detector)
     return path
 
 
@@ -145,7 +145,7 @@ def test_training_starts_from_the_given_weights(scenes, tmp_path):
     """At a learning rate of nothing the encoder stays that of pretraining, its positions in their grid."""
     pretrained = convmae.create_autoencoder("tiny", image_size=32)
     file = tmp_path / "pretrained.safetensors"
-    weights.save(file, pretrained.state_dict(), pretrained.settings)
+    weights.save_model(file, pretrained)
     options = {"optimizer": DetectionOptimizerOptions(base_lr=0.0, weight_decay=0.0), "form": "vitdet", "epochs": 1}
     run = small_run(scenes, tmp_path / "run", file, image_size=64, window=2, **options)
     before, after = load_file(file), load_file(run.checkpoint / "model.safetensors")

@@ -74,7 +74,7 @@ def test_graphs_carry_what_their_user_must_know(named_classifier_file, tmp_path)
 @pytest.mark.parametrize("settings", [{}, {"kernel_size": 3, "mlp_ratio": 2.0, "in_channels": 1, "crop_pct": 0.5}])
 def test_timm_reads_its_folder(tmp_path, settings):
     model = convmae.Classifier(**{**SMALL, "num_classes": 3, "classes": ["a", "b", "c"], **settings}).eval()
-    weights.save(tmp_path / "w.safetensors", model.state_dict(), model.settings)
+    weights.save_model(tmp_path / "w.safetensors", model)
     folder = export(tmp_path / "w.safetensors", "timm", tmp_path / "for" / "timm")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     back = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -119,7 +119,7 @@ def test_the_reference_has_the_published_names(autoencoder_file, classifier_file
 
 def test_mistakes_are_one_line_and_leave_nothing(classifier_file, tmp_path, monkeypatch):
     wide = convmae.Classifier(**{**SMALL, "image_size": (32, 48)})
-    weights.save(tmp_path / "wide.safetensors", wide.state_dict(), wide.settings)
+    weights.save_model(tmp_path / "wide.safetensors", wide)
     (tmp_path / "foreign.pth").write_bytes(b"no weights")
     out = tmp_path / "out"
     for arguments, message in (

@@ -400,7 +400,7 @@ def test_a_best_model_that_was_moved_away_is_found_anew(labelled, autoencoder_fi
 
 def test_weights_without_pooling_are_pooled(labelled, tmp_path):
     model = convmae.create_classifier("tiny", image_size=32, num_classes=0, global_pool="")
-    weights.save(tmp_path / "maps.safetensors", model.state_dict(), model.settings)
+    weights.save_model(tmp_path / "maps.safetensors", model)
     result = small_run(labelled, tmp_path / "run", tmp_path / "maps.safetensors", epochs=1)
     assert convmae.load(result.folder)(torch.zeros(2, 3, 32, 32)).shape == (2, 6)
 

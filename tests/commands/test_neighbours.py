@@ -85,7 +85,7 @@ def test_grey_models_and_damaged_images(images, grey_autoencoder_file, tmp_path,
 
 def test_mistakes_are_one_line(images, features_file, autoencoder_file, classifier_file, tmp_path):
     wide = convmae.create_autoencoder("tiny", image_size=32)
-    weights.save(tmp_path / "wide.safetensors", wide.state_dict(), wide.settings)
+    weights.save_model(tmp_path / "wide.safetensors", wide)
     query = next(images.rglob("*.png"))
     maps = embed(str(images), tmp_path / "maps.safetensors", autoencoder_file, "stage3", engine=CPU).output
     (tmp_path / "other.safetensors").write_bytes(autoencoder_file.read_bytes())

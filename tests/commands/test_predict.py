@@ -34,7 +34,7 @@ def test_probabilities_are_the_softmax_of_the_logits(photographs, named_classifi
 
 def test_the_crop_is_that_of_the_weights_unless_stated(photographs, classifier_file, tmp_path):
     model = convmae.load_classifier(classifier_file, crop_pct=1.0)
-    weights.save(tmp_path / "whole.safetensors", model.state_dict(), model.settings)
+    weights.save_model(tmp_path / "whole.safetensors", model)
     path = str(photographs / "a" / "8.png")
     for file, stated, used in (("whole", None, 1.0), ("whole", 0.875, 0.875), (classifier_file, 0.5, 0.5)):
         file = tmp_path / f"{file}.safetensors" if file == "whole" else file

@@ -12,7 +12,7 @@ from convmae.commands.reconstruct import _fit, reconstruct
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
     model = convmae.create_autoencoder("tiny", image_size=64)
-    weights.save(path, model.state_dict(), model.settings)
+    weights.save_model(path, model)
     return path
 
 
@@ -43,7 +43,7 @@ def test_options(checkpoint, photos, tmp_path, options):
 
 def test_a_model_with_masks_at_stage_1_is_drawn_too(photos, tmp_path):
     model = convmae.create_autoencoder("tiny", image_size=64, mask_stage=1)
-    weights.save(tmp_path / "m.safetensors", model.state_dict(), model.settings)
+    weights.save_model(tmp_path / "m.safetensors", model)
     for ratio in (None, 0.5):
         assert reconstruct(tmp_path / "m.safetensors", str(photos), tmp_path / "r.png", mask_ratio=ratio).exists()
 
@@ -66,7 +66,7 @@ def test_sides_become_multiples_of_16(size, image_size, longest, expected):
 
 def test_mistakes_are_one_line(checkpoint, photos, tmp_path):
     classifier = convmae.create_classifier("tiny", image_size=64)
-    weights.save(tmp_path / "c.safetensors", classifier.state_dict(), classifier.settings)
+    weights.save_model(tmp_path / "c.safetensors", classifier)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
     out = tmp_path / "r.png"

@@ -69,7 +69,7 @@ def untrained(path, **settings):
         scores.weight.normal_()
         image = torch.from_numpy(draw_scene(0, (64, 64)).image).permute(2, 0, 1)[None, : segmenter.in_channels]
         scores.bias.sub_(segmenter.eval()(image).mean(dim=(0, 2, 3)))  # else one class is ahead everywhere
-    weights.save(path, segmenter.state_dict(), segmenter.settings)
+    weights.save_model(path, segmenter)
     return path
 
 
@@ -173,7 +173,7 @@ def test_training_starts_from_a_pretrained_encoder(scenes, tmp_path):
     """At a learning rate of nothing the encoder stays that of pretraining; its positions are for 64 x 64 now."""
     pretrained = convmae.create_autoencoder("tiny", image_size=32)
     file = tmp_path / "pretrained.safetensors"
-    weights.save(file, pretrained.state_dict(), pretrained.settings)
+    weights.save_model(file, pretrained)
     run = small_run(scenes, tmp_path / "run", file, image_size=64, **NOTHING_LEARNED)
     before, after = load_file(file), load_file(run.checkpoint / "model.safetensors")
     encoder = [name for name in before if name.startswith("encoder.") and not name.endswith("pos_embed")]

@@ -4,28 +4,6 @@ import torch
 import convmae
 from convmae.models.attention import AttentionOnMaps
 from convmae.models.encoder import Downsample, Normalize, merge_cells
-from convmae.models.positions import resized_pos_embed, sincos_pos_embed
-
-
-def test_position_embedding_is_the_published_formula():
-    height, width, channels = 3, 5, 16
-    table = sincos_pos_embed((height, width), channels)[0]
-    quarter = channels // 4
-    for row in range(height):
-        for column in range(width):
-            expected = []
-            for coordinate in (column, row):
-                angles = [coordinate / 10000 ** (i / quarter) for i in range(quarter)]
-                expected += [torch.tensor(a).sin() for a in angles] + [torch.tensor(a).cos() for a in angles]
-            torch.testing.assert_close(table[row, column], torch.stack(expected), rtol=0, atol=1e-6)
-
-
-def test_position_embeddings_follow_the_grid():
-    table = sincos_pos_embed((14, 14), 32)
-    assert torch.equal(resized_pos_embed(table, (14, 14)), table)
-    assert resized_pos_embed(table, (7, 20)).shape == (1, 7, 20, 32)
-    constant = torch.ones(1, 14, 14, 4)
-    torch.testing.assert_close(resized_pos_embed(constant, (9, 30)), torch.ones(1, 9, 30, 4))
 
 
 @pytest.mark.parametrize("factor", [2, 4])

@@ -18,7 +18,9 @@ def _offline(monkeypatch):
 
 
 def small():
-    return ConvViT((32, 48), in_channels=1, widths=(8, 12, 16), depths=(1, 2, 2), num_heads=2, kernel_size=3).eval()
+    return ConvViT(
+        image_size=(32, 48), in_channels=1, widths=(8, 12, 16), depths=(1, 2, 2), num_heads=2, kernel_size=3
+    ).eval()
 
 
 def test_a_folder_brings_the_encoder_back(tmp_path):
@@ -31,7 +33,8 @@ def test_a_folder_brings_the_encoder_back(tmp_path):
     assert torch.equal(convmae.load(tmp_path).eval().forward_features(images), encoder(images))
     state, facts = weights.read(tmp_path)
     assert all(name.startswith("encoder.") for name in state)
-    assert facts["num_heads"] == json.loads((tmp_path / "config.json").read_text())["num_heads"] == 2
+    assert facts["kind"] == "encoder"
+    assert facts["encoder"]["num_heads"] == json.loads((tmp_path / "config.json").read_text())["num_heads"] == 2
 
 
 def test_the_model_card_says_what_it_is_and_how_to_load_it(tmp_path):
@@ -52,7 +55,7 @@ def test_a_run_s_folder_gives_its_encoder(tmp_path, kind):
     model = create("tiny", image_size=32)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000010"
     checkpoint.mkdir(parents=True)
-    weights.save(checkpoint / weights.MODEL_FILE, model.state_dict(), model.settings)
+    weights.save_model(checkpoint / weights.MODEL_FILE, model)
     for path in (tmp_path / "run", checkpoint, checkpoint / weights.MODEL_FILE):
         encoder = ConvViT.from_pretrained(path, image_size=64, drop_path=0.2)
         assert torch.equal(encoder.projection.weight, model.encoder.projection.weight)

@@ -11,7 +11,7 @@ from transformers.models.upernet.modeling_upernet import UperNetFCNHead as Their
 from transformers.models.upernet.modeling_upernet import UperNetHead as TheirUperNetHead
 
 import convmae
-from convmae.models import attention, encoder
+from convmae.models import positions
 from convmae.models.segmenter import IGNORED, FCNHead, UperNetHead
 from convmae.training.optimizer import LayerDecayOptions, build_optimizer
 
@@ -470,8 +470,8 @@ def test_positions_are_resized_for_other_sizes_only(monkeypatch):
         raise AssertionError("resized")
 
     model = settled()
-    monkeypatch.setattr(attention, "interpolate", resized)
-    monkeypatch.setattr(encoder, "resample_abs_pos_embed_nhwc", resized)
+    monkeypatch.setattr(positions, "interpolate", resized)
+    monkeypatch.setattr(positions, "resample_abs_pos_embed_nhwc", resized)
     with torch.no_grad():
         model(torch.randn(1, 3, 64, 64))
         with pytest.raises(AssertionError, match="resized"):

@@ -13,6 +13,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 import convmae
 from convmae import weights
 from convmae.kinds import load_classifier
+from convmae.models.sizes import ENCODERS
 
 SIZE = 64
 
@@ -28,6 +29,14 @@ def images(batch=2, channels=3, size=(SIZE, SIZE)):
 @pytest.fixture
 def autoencoder():
     return convmae.create_autoencoder("tiny", image_size=32)
+
+
+def test_timm_creates_the_classifiers():
+    assert set(timm.list_models("convmae_*")) == {f"convmae_{size}" for size in ENCODERS}
+    model = timm.create_model("convmae_tiny", num_classes=10, img_size=64, drop_path_rate=0.1, in_chans=1)
+    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 10)
+    with pytest.raises(convmae.UserError, match="can be downloaded"):
+        timm.create_model("convmae_tiny", pretrained=True)
 
 
 def test_forward_and_backward_reach_every_parameter():
@@ -244,7 +253,7 @@ def written(tmp_path, kind, autoencoder):
         state = {name: value for name, value in model.state_dict().items() if name.startswith("encoder.")}
         weights.save(path, state, model.encoder.settings)
     else:
-        weights.save(path, model.state_dict(), model.settings)
+        weights.save_model(path, model)
     return path, None if "autoencoder" in kind or kind == "encoder" else classifier
 
 
@@ -327,7 +336,7 @@ def test_names_of_classes_are_recorded(tmp_path):
     names = ["cat", "dog", "owl"]
     model = convmae.create_classifier("tiny", image_size=32, num_classes=3, classes=tuple(names))
     path = tmp_path / "m.safetensors"
-    weights.save(path, model.state_dict(), model.settings)
+    weights.save_model(path, model)
     for back in (convmae.load(path), load_classifier(path), load_classifier(path, num_classes=3)):
         assert back.classes == back.settings["classes"] == names
     assert load_classifier(path, num_classes=4).classes is None
