@@ -16,12 +16,12 @@ from torch import nn
 
 from convmae import weights as weights_files
 from convmae.commands.supervised import J, best_score_before, train_and_judge
-from convmae.data.detection import CocoImages
+from convmae.data.ade20k import SegmentationImages
+from convmae.data.coco import CocoImages
 from convmae.data.failures import DecodingFailures
 from convmae.data.loading import TrainingLoader
 from convmae.data.sampler import mixed_seed
 from convmae.data.scenes import write_scenes
-from convmae.data.segmentation import SegmentationImages
 from convmae.errors import UserError
 from convmae.models.detector import Detector
 from convmae.models.registry import fill

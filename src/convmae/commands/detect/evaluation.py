@@ -9,7 +9,7 @@ from rich.console import Console
 from convmae.commands.detect.judgement import DetectionQuality, Judge, print_quality
 from convmae.commands.downstream import gathered, tracked
 from convmae.commands.inference import checked_output, load_trained_detector, report_damaged
-from convmae.data.detection import find_coco, open_coco
+from convmae.data.coco import find_coco, open_coco
 from convmae.errors import UserError
 from convmae.training.checkpoint import replace_file
 from convmae.training.engine import EngineOptions

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from convmae.commands.downstream import gathered, percent, share_buffers
-from convmae.data.detection import CocoImages, ResizeAndPad, collate_resized
+from convmae.data.coco import CocoImages
+from convmae.data.detection import ResizeAndPad, collate_resized
 from convmae.data.loading import build_evaluation_loader
 from convmae.errors import UserError
 from convmae.evaluation.detection import CocoFigures, coco_results, judge_detections

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from convmae import weights as weights_files
 from convmae.commands.detect.judgement import DetectionQuality, Judge
 from convmae.commands.downstream import DownstreamRun, Finished, demo_scenes
-from convmae.data.detection import CocoImages, LargeScaleJitter, ResizeAndPad, collate_targets, find_coco, open_coco
+from convmae.data.coco import CocoImages, find_coco, open_coco
+from convmae.data.detection import LargeScaleJitter, ResizeAndPad, collate_targets
 from convmae.data.failures import DecodingFailures
 from convmae.data.images import UndecodableImageError
 from convmae.data.loading import build_training_loader

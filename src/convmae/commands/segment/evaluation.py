@@ -9,7 +9,7 @@ from convmae.commands.downstream import gathered, tracked
 from convmae.commands.inference import checked_output, load_trained_segmenter, report_damaged
 from convmae.commands.segment.inference import Inference, InferenceOptions
 from convmae.commands.segment.judgement import Judge, print_quality, write_quality
-from convmae.data.segmentation import calls_classes, find_ade20k, names_classes, open_segmentation, read_classes
+from convmae.data.ade20k import calls_classes, find_ade20k, names_classes, open_segmentation, read_classes
 from convmae.errors import UserError
 from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.models.segmenter import Segmenter

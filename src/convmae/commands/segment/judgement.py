@@ -13,8 +13,9 @@ from rich.text import Text
 
 from convmae.commands.downstream import percent, share_buffers
 from convmae.commands.segment.inference import Inference
+from convmae.data.ade20k import SegmentationImages
 from convmae.data.loading import build_evaluation_loader
-from convmae.data.segmentation import SegmentationImages, collate_views
+from convmae.data.segmentation import collate_views
 from convmae.errors import UserError
 from convmae.evaluation.segmentation import SegmentationMetrics, SegmentationQuality
 from convmae.models.segmenter import Segmenter

@@ -12,18 +12,17 @@ from convmae import weights as weights_files
 from convmae.commands.downstream import DownstreamRun, Finished, demo_scenes, shares_batch_statistics
 from convmae.commands.segment.inference import Inference, InferenceOptions
 from convmae.commands.segment.judgement import Judge, write_quality
-from convmae.data.failures import DecodingFailures
-from convmae.data.images import UndecodableImageError, decode_image
-from convmae.data.loading import build_training_loader
-from convmae.data.segmentation import (
-    RandomScaleCrop,
+from convmae.data.ade20k import (
     SegmentationImages,
-    collate_labels,
     find_ade20k,
     is_ade20k,
     open_segmentation,
     read_classes,
 )
+from convmae.data.failures import DecodingFailures
+from convmae.data.images import UndecodableImageError, decode_image
+from convmae.data.loading import build_training_loader
+from convmae.data.segmentation import RandomScaleCrop, collate_labels
 from convmae.errors import UserError
 from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.models.encoder import height_and_width
