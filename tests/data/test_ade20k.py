@@ -235,7 +235,7 @@ def test_pictures_come_with_the_label_maps_of_their_names(folders, tmp_path, blo
     copy = pickle.loads(pickle.dumps(source))  # for another process
     for opened in (source, copy):
         for index, number in enumerate(order):
-            file, annotation = opened.open_labelled(index)
+            file, annotation = opened.open_annotated(index)
             with file:
                 assert Image.open(file).size == (32, 24)
             assert numpy.array_equal(annotation.read(SIZE), blocks(SIZE, number))

@@ -90,7 +90,7 @@ def test_pictures_come_with_their_objects_in_the_order_of_the_file(coco, noise):
             assert numpy.array_equal(numpy.asarray(Image.open(file)), noise(SIZE, image_id))
     found = []
     for index in range(3):
-        file, annotation = source.open_labelled(index)
+        file, annotation = source.open_annotated(index)
         file.close()
         found.append(annotation)
     assert found[0] == Annotation(

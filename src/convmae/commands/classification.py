@@ -15,7 +15,7 @@ from convmae.data.augmentation import (
     CenterCrop,
 )
 from convmae.data.failures import DecodingFailures
-from convmae.data.loading import build_evaluation_loader, build_training_loader
+from convmae.data.loading import Loading, build_evaluation_loader, build_training_loader
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 from convmae.evaluation.accuracy import Accuracy, evaluate
@@ -62,18 +62,18 @@ class LabelledBatches:
         self._fabric, self._seed, self._aug_repeats = fabric, seed, aug_repeats
         self._normalize = network.encoder.normalize
         self._vary = BatchAugmentation(augmentation, self.num_classes, fabric.device)
-        shared: dict[str, Any] = {
-            "batch_size": batch_size,
-            "skip_damaged": skip_damaged,
-            "num_workers": workers,
-            "pin_memory": fabric.device.type == "cuda",
-            "num_replicas": fabric.world_size,
-            "rank": fabric.global_rank,
-        }
+        loading = Loading(
+            batch_size,
+            skip_damaged,
+            workers,
+            pin_memory=fabric.device.type == "cuda",
+            num_replicas=fabric.world_size,
+            rank=fabric.global_rank,
+        )
         vary = Augmentation(size, channels, augmentation)
-        self._training = build_training_loader(training, vary, seed=seed, aug_repeats=aug_repeats, **shared)
+        self._training = build_training_loader(training, vary, loading, seed=seed, aug_repeats=aug_repeats)
         center_crop = CenterCrop(size, channels, network.crop_pct)
-        self._validation = build_evaluation_loader(validation, center_crop, **shared)
+        self._validation = build_evaluation_loader(validation, center_crop, loading)
 
     def __len__(self) -> int:
         """Training batches an epoch."""
@@ -92,9 +92,8 @@ class LabelledBatches:
         """uint8 images (B, C, H, W) and labels (B,), each image once over all processes."""
         for batch in self._validation:
             self.failures.record(len(batch["images"]), batch["failed"])
-            images, labels = self._on_device(batch)
-            if len(images):
-                yield images, labels
+            if len(batch["images"]):
+                yield self._on_device(batch)
 
     def _on_device(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         device = self._fabric.device

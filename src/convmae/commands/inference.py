@@ -5,7 +5,7 @@ Images are seen as in validation, in order: the shorter side resized, a centre c
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from convmae import weights as weights_files
 from convmae.data.augmentation import CenterCrop
 from convmae.data.demo import demo_photographs
-from convmae.data.loading import Transform, build_evaluation_loader
+from convmae.data.loading import Loading, build_evaluation_loader
+from convmae.data.samples import Transform
 from convmae.data.sources import EXTENSIONS, ImageCollection, open_files, open_images
 from convmae.errors import UserError
 from convmae.models.classifier import Classifier
@@ -183,9 +184,8 @@ class OrderedBatches:
         skip_damaged: bool,
         description: str,
         first: int = 0,
-        collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     ) -> None:
-        """transform, collate_fn: see `build_evaluation_loader`."""
+        """transform: see `build_evaluation_loader`."""
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: it must be at least 1")
         self.damaged: list[str] = []
@@ -193,17 +193,18 @@ class OrderedBatches:
         self._loader = build_evaluation_loader(
             pictures,
             transform,
-            batch_size=batch_size,
-            collate_fn=collate_fn,
-            skip_damaged=skip_damaged,
-            # For one batch a process is not worth starting.
-            num_workers=model.workers if self._total - first > batch_size else 0,
-            pin_memory=model.fabric.device.type == "cuda",
+            Loading(
+                batch_size,
+                skip_damaged,
+                # For one batch a process is not worth starting.
+                num_workers=model.workers if self._total - first > batch_size else 0,
+                pin_memory=model.fabric.device.type == "cuda",
+            ),
             first=first,
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yields {"images": uint8 (B, C, H, W), "indices": (B,), "failed": list, "position": int}."""
+        """Yields batches with the transform's entries, "indices" (B,), "failed" and "position"."""
         position, reported = self._first, 0
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
         console = Console(stderr=True)

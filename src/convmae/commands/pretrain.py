@@ -15,7 +15,7 @@ from convmae import weights as weights_files
 from convmae.data.device_decoding import DeferredCrop, DeviceDecoder, collate_encoded
 from convmae.data.failures import DecodingFailures
 from convmae.data.images import RandomCrop
-from convmae.data.loading import TrainingImages, build_training_loader
+from convmae.data.loading import Loading, TrainingImages, build_training_loader
 from convmae.data.sampler import mixed_seed
 from convmae.data.sources import ImageCollection, ImageStream, open_images
 from convmae.errors import UserError
@@ -160,14 +160,17 @@ def pretrain(
     loader = build_training_loader(
         source,
         DeferredCrop(crop) if on_device else crop,
-        batch_size=batch_of_a_pass,
-        collate_fn=collate_encoded if on_device else None,
-        aug_repeats=aug_repeats,
+        Loading(
+            batch_of_a_pass,
+            skip_damaged=True,
+            num_workers=loader_workers(engine, fabric),
+            pin_memory=fabric.device.type == "cuda",
+            num_replicas=fabric.world_size,
+            rank=fabric.global_rank,
+        ),
         seed=seed,
-        num_workers=loader_workers(engine, fabric),
-        pin_memory=fabric.device.type == "cuda",
-        num_replicas=fabric.world_size,
-        rank=fabric.global_rank,
+        aug_repeats=aug_repeats,
+        collate_fn=collate_encoded if on_device else None,
     )
     steps_per_epoch = len(loader) // accumulate
     if steps_per_epoch < 1:
@@ -324,4 +327,4 @@ def _examples(source: ImageCollection, crop: RandomCrop, seed: int) -> list[Tens
     """The images of every picture of the run."""
     images = TrainingImages(source, crop, seed)
     count = min(_EXAMPLES, len(images))
-    return [images[0, number * len(images) // count]["images"][0] for number in range(count)]
+    return [images[0, number * len(images) // count][0]["image"] for number in range(count)]

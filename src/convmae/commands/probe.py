@@ -23,7 +23,7 @@ from convmae.commands.supervised import train_and_judge
 from convmae.data.augmentation import NO_AUGMENTATION, CenterCrop
 from convmae.data.failures import DecodingFailures
 from convmae.data.labelled import open_labelled_images
-from convmae.data.loading import build_evaluation_loader
+from convmae.data.loading import Loading, build_evaluation_loader
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 from convmae.evaluation.accuracy import Accuracy, judge
@@ -180,9 +180,7 @@ def probe(
         loader = build_evaluation_loader(
             source,
             CenterCrop(network.settings["image_size"], network.settings["in_channels"], network.crop_pct),
-            batch_size=batch_size,
-            skip_damaged=skip_damaged,
-            num_workers=loader_workers(engine, fabric),
+            Loading(batch_size, skip_damaged, loader_workers(engine, fabric)),
         )
         console = Console(stderr=True)
         quiet = not console.is_terminal

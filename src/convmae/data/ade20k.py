@@ -71,8 +71,6 @@ class LabelMap(NamedTuple):
 class SegmentationImages(ImageCollection):
     """Pictures with their label maps."""
 
-    annotated = True
-
     def __init__(
         self,
         name: str,
@@ -90,7 +88,7 @@ class SegmentationImages(ImageCollection):
         """The label map of picture number `index`, not yet read."""
         return LabelMap(Path(self._maps[index]), len(self.classes), self.reduce_zero_label)
 
-    def open_labelled(self, index: int) -> tuple[BinaryIO, Any]:
+    def open_annotated(self, index: int) -> tuple[BinaryIO, Any]:
         """The encoded picture number `index` and its LabelMap; the caller closes it."""
         return self.open(index), self.annotation(index)
 

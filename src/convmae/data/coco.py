@@ -67,8 +67,6 @@ class _Objects:
 class CocoImages(ImageCollection):
     """Pictures with the objects that a COCO file names; label L is the category category_ids[L - 1]."""
 
-    annotated = True
-
     def __init__(
         self,
         name: str,
@@ -108,7 +106,7 @@ class CocoImages(ImageCollection):
             tuple(objects.segmentation(number) for number in numbers),
         )
 
-    def open_labelled(self, index: int) -> tuple[BinaryIO, Any]:
+    def open_annotated(self, index: int) -> tuple[BinaryIO, Any]:
         """The encoded picture number `index` and its Annotation; the caller closes it."""
         return self.open(index), self.annotation(index)
 

@@ -6,15 +6,14 @@ C channels, H height, W width, N objects of a picture.
 import math
 import random
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
-from torchvision.transforms.v2 import functional
 
 from convmae.data.coco import Annotation
-from convmae.data.images import UnfitAnnotationError, open_upright, pillow_mode
+from convmae.data.images import UnfitAnnotationError, decode_image, pillow_mode
 from convmae.data.placement import (
     Placement,
     fitting_factor,
@@ -26,6 +25,7 @@ from convmae.data.placement import (
     random_part,
     whole,
 )
+from convmae.data.samples import Sample
 from convmae.errors import UserError
 
 
@@ -49,7 +49,7 @@ class LargeScaleJitter:
         self.image_size, self.in_channels = (height, width), in_channels
         self._scale, self._flip = scale, flip
 
-    def __call__(self, file: BinaryIO, annotation: Annotation, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    def __call__(self, file: BinaryIO, annotation: Annotation, seeds: Sequence[int]) -> list[Sample]:
         """An encoded picture, decoded once -> a sample for each seed; raises UndecodableImageError.
 
         {"image": uint8 (C, H, W), "target": {"boxes": float32 (N, 4), left, top, right and bottom in pixels, "labels":
@@ -87,7 +87,7 @@ class ResizeAndPad:
         height, width = image_size
         self.image_size, self.in_channels = (height, width), in_channels
 
-    def __call__(self, file: BinaryIO, annotation: Annotation | None = None) -> dict[str, Any]:
+    def __call__(self, file: BinaryIO, annotation: Annotation | None = None) -> Sample:
         """An encoded picture -> {"image": uint8 (C, H, W), "size": (h, w), "original_size": (h, w)}.
 
         "size" is the picture's inside "image". Raises UndecodableImageError.
@@ -104,7 +104,7 @@ class ResizeAndPad:
 
 def _decode_annotated(file: BinaryIO, annotation: Annotation | None, in_channels: int) -> Tensor:
     """An encoded picture -> uint8 (C, h, w); raises UndecodableImageError, also where annotations tell another size."""
-    image = functional.pil_to_tensor(open_upright(file, in_channels))
+    image = decode_image(file, in_channels)
     height, width = image.shape[1:]
     if annotation is not None and annotation.size != (height, width):
         told = f"{annotation.size[1]}x{annotation.size[0]}"
@@ -129,35 +129,3 @@ def _target(labels: Sequence[int], masks: Sequence[Tensor], image_size: tuple[in
         "labels": torch.tensor(labels, dtype=torch.int64)[kept],
         "masks": stacked,
     }
-
-
-# Batches
-
-
-def collate_targets(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples of LargeScaleJitter -> {"images": uint8 (B, C, H, W), "targets": B of them, "failed": list}."""
-    views = [view for sample in samples for view in sample["images"]]
-    return {
-        "images": torch.stack([view["image"] for view in views]),
-        "targets": [view["target"] for view in views],
-        "failed": [failure for sample in samples for failure in sample["failed"]],
-    }
-
-
-def collate_resized(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples of ResizeAndPad -> a batch without the damaged pictures, which may be empty.
-
-    {"images": uint8 (B, C, H, W), "sizes": B of (h, w), "original_sizes": B of (h, w), "indices": (B,), "failed":
-    list}; no "indices" of a stream.
-    """
-    decoded = [sample for sample in samples if sample["image"] is not None]
-    views = [sample["image"] for sample in decoded]
-    batch = {
-        "images": torch.stack([view["image"] for view in views]) if views else torch.empty(0),
-        "sizes": [view["size"] for view in views],
-        "original_sizes": [view["original_size"] for view in views],
-        "failed": [failure for sample in samples for failure in sample["failed"]],
-    }
-    if "index" in samples[0]:
-        batch["indices"] = torch.tensor([sample["index"] for sample in decoded], dtype=torch.int64)
-    return batch

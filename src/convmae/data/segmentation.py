@@ -6,7 +6,7 @@ C channels, H height, W width.
 import math
 import random
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from convmae.data.placement import (
     whole,
 )
 from convmae.data.sampler import seeded
+from convmae.data.samples import Sample, Unstacked, labelled
 from convmae.errors import UserError
 from convmae.labels import IGNORED
 
@@ -64,10 +65,10 @@ class RandomScaleCrop:
         self._scale, self._largest_share, self._flip = scale, largest_share, flip
         self._distort = _photometric_distortion(distortion) if distortion else None
 
-    def __call__(self, file: BinaryIO, annotation: LabelMap, seeds: Sequence[int]) -> list[dict[str, Tensor]]:
+    def __call__(self, file: BinaryIO, annotation: LabelMap, seeds: Sequence[int]) -> list[Sample]:
         """An encoded picture, decoded once -> a sample for each seed; raises UndecodableImageError.
 
-        {"image": uint8 (C, H, W), "labels": uint8 (H, W)}; what is padded is IGNORED.
+        {"image": uint8 (C, H, W), "label": each pixel's, uint8 (H, W)}; what is padded is IGNORED.
         """
         image = decode_image(file, self.in_channels)
         height, width = image.shape[1:]
@@ -80,7 +81,7 @@ class RandomScaleCrop:
             samples.append(
                 {
                     "image": padded_image(seen, self.image_size),
-                    "labels": padded_map(classes, self.image_size, IGNORED),
+                    "label": padded_map(classes, self.image_size, IGNORED),
                 }
             )
         return samples
@@ -120,19 +121,18 @@ class ResizeShorterSide:
             )
         self.shorter_side, self.in_channels, self.scales = shorter_side, in_channels, tuple(scales)
 
-    def __call__(self, file: BinaryIO, annotation: LabelMap | None = None) -> dict[str, Any]:
-        """An encoded picture -> {"views": uint8 (C, h, w) each, "labels": uint8 (H, W), "original_size": (H, W)}.
+    def __call__(self, file: BinaryIO, annotation: LabelMap | None = None) -> Sample:
+        """An encoded picture -> its views, and the labels of its pixels.
 
-        "labels" is None without an annotation. Raises UndecodableImageError.
+        {"image": uint8 (C, h, w) of each scale, "label": Unstacked uint8 (H, W), "original_size": (H, W)}, without an
+        annotation no "label". Raises UndecodableImageError.
         """
         image = decode_image(file, self.in_channels)
         height, width = image.shape[1:]
         factors = [_factor((height, width), round(self.shorter_side * scale)) for scale in self.scales]
-        return {
-            "views": [placed_image(image, whole((height, width), factor)) for factor in factors],
-            "labels": None if annotation is None else annotation.read((height, width)),
-            "original_size": (height, width),
-        }
+        views = [placed_image(image, whole((height, width), factor)) for factor in factors]
+        label = None if annotation is None else Unstacked(annotation.read((height, width)))
+        return {**labelled(views, label), "original_size": (height, width)}
 
 
 def _factor(size: tuple[int, int], shorter_side: float) -> float:
@@ -165,34 +165,3 @@ def _photometric_distortion(probability: float) -> v2.Transform:
     )
     orders = [v2.Compose([contrast, saturation, hue]), v2.Compose([saturation, hue, contrast])]
     return v2.Compose([brightness, v2.RandomChoice(orders)])
-
-
-# Batches
-
-
-def collate_labels(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples of RandomScaleCrop -> {"images": uint8 (B, C, H, W), "labels": uint8 (B, H, W), "failed": list}."""
-    views = [view for sample in samples for view in sample["images"]]
-    return {
-        "images": torch.stack([view["image"] for view in views]),
-        "labels": torch.stack([view["labels"] for view in views]),
-        "failed": [failure for sample in samples for failure in sample["failed"]],
-    }
-
-
-def collate_views(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples of ResizeShorterSide -> a batch without the damaged pictures, which may be empty.
-
-    {"images": B lists of views, uint8 (C, h, w), "labels": B of uint8 (H, W) or None, "original_sizes": B of (H, W),
-    "indices": (B,), "failed": list}; no "indices" of a stream.
-    """
-    decoded = [sample for sample in samples if sample["image"] is not None]
-    batch: dict[str, Any] = {
-        "images": [sample["image"]["views"] for sample in decoded],
-        "labels": [sample["image"]["labels"] for sample in decoded],
-        "original_sizes": [sample["image"]["original_size"] for sample in decoded],
-        "failed": [failure for sample in samples for failure in sample["failed"]],
-    }
-    if "index" in samples[0]:
-        batch["indices"] = torch.tensor([sample["index"] for sample in decoded], dtype=torch.int64)
-    return batch

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from convmae.commands.downstream import gathered, percent, share_buffers
 from convmae.data.coco import CocoImages
-from convmae.data.detection import ResizeAndPad, collate_resized
-from convmae.data.loading import build_evaluation_loader
+from convmae.data.detection import ResizeAndPad
+from convmae.data.loading import Loading, build_evaluation_loader
 from convmae.errors import UserError
 from convmae.evaluation.detection import CocoFigures, coco_results, judge_detections
 from convmae.models.detector import Detector
@@ -67,13 +67,14 @@ class Judge:
         self._loader = build_evaluation_loader(
             source,
             ResizeAndPad(image_size, in_channels),
-            batch_size=batch_size,
-            collate_fn=collate_resized,
-            skip_damaged=skip_damaged,
-            num_workers=workers,
-            pin_memory=fabric.device.type == "cuda",
-            num_replicas=fabric.world_size,
-            rank=fabric.global_rank,
+            Loading(
+                batch_size,
+                skip_damaged,
+                workers,
+                pin_memory=fabric.device.type == "cuda",
+                num_replicas=fabric.world_size,
+                rank=fabric.global_rank,
+            ),
         )
         self._truth = source.ground_truth() if fabric.is_global_zero else None
 

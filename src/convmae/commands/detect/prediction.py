@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from convmae.commands.inference import OrderedBatches, load_trained_detector, open_pictures, report_damaged
-from convmae.data.detection import ResizeAndPad, collate_resized
+from convmae.data.detection import ResizeAndPad
 from convmae.data.images import decode_image
 from convmae.data.sources import ImageCollection
 from convmae.errors import UserError
@@ -80,7 +80,7 @@ def predict(
     model = load_trained_detector(weights, image_size, engine)
     network = model.network
     fit = ResizeAndPad(model.image_size, network.settings["in_channels"])
-    batches = OrderedBatches(model, fit, pictures, batch_size, skip_damaged, "detecting", collate_fn=collate_resized)
+    batches = OrderedBatches(model, fit, pictures, batch_size, skip_damaged, "detecting")
     (output / "pictures").mkdir(parents=True, exist_ok=True)
     category_ids = network.settings["category_ids"] or range(1, network.num_classes + 1)
     results: list[dict[str, Any]] = []

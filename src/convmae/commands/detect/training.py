@@ -13,10 +13,10 @@ from convmae import weights as weights_files
 from convmae.commands.detect.judgement import DetectionQuality, Judge
 from convmae.commands.downstream import DownstreamRun, Finished, demo_scenes
 from convmae.data.coco import CocoImages, find_coco, open_coco
-from convmae.data.detection import LargeScaleJitter, ResizeAndPad, collate_targets
+from convmae.data.detection import LargeScaleJitter, ResizeAndPad
 from convmae.data.failures import DecodingFailures
 from convmae.data.images import UndecodableImageError
-from convmae.data.loading import build_training_loader
+from convmae.data.loading import Loading, build_training_loader
 from convmae.errors import UserError
 from convmae.models.detector import DetectionLosses, Detector, checked_size
 from convmae.models.encoder import height_and_width
@@ -187,14 +187,15 @@ def train(
     loader = build_training_loader(
         training,
         LargeScaleJitter(size, jitter.scale, jitter.flip, channels),
-        batch_size=pictures_of_a_pass,
-        collate_fn=collate_targets,
+        Loading(
+            pictures_of_a_pass,
+            skip_damaged,
+            workers,
+            pin_memory=fabric.device.type == "cuda",
+            num_replicas=fabric.world_size,
+            rank=fabric.global_rank,
+        ),
         seed=seed,
-        skip_damaged=skip_damaged,
-        num_workers=workers,
-        pin_memory=fabric.device.type == "cuda",
-        num_replicas=fabric.world_size,
-        rank=fabric.global_rank,
     )
     judge = Judge(fabric, validation, size, channels, failures.record, pictures_of_a_pass, workers, skip_damaged)
     finished = run.train(

@@ -14,8 +14,7 @@ from rich.text import Text
 from convmae.commands.downstream import percent, share_buffers
 from convmae.commands.segment.inference import Inference
 from convmae.data.ade20k import SegmentationImages
-from convmae.data.loading import build_evaluation_loader
-from convmae.data.segmentation import collate_views
+from convmae.data.loading import Loading, build_evaluation_loader
 from convmae.errors import UserError
 from convmae.evaluation.segmentation import SegmentationMetrics, SegmentationQuality
 from convmae.models.segmenter import Segmenter
@@ -38,13 +37,14 @@ class Judge:
         self._loader = build_evaluation_loader(
             source,
             inference.transform,
-            batch_size=1,  # they have different sizes
-            collate_fn=collate_views,
-            skip_damaged=skip_damaged,
-            num_workers=workers,
-            pin_memory=fabric.device.type == "cuda",
-            num_replicas=fabric.world_size,
-            rank=fabric.global_rank,
+            Loading(
+                1,  # a picture, as they have different sizes
+                skip_damaged,
+                workers,
+                pin_memory=fabric.device.type == "cuda",
+                num_replicas=fabric.world_size,
+                rank=fabric.global_rank,
+            ),
         )
 
     def __call__(self, network: Segmenter, progress: Callable[[Iterator[None]], object] = list) -> SegmentationQuality:
@@ -68,7 +68,8 @@ class Judge:
         """Count this process's pixels, picture by picture."""
         for batch in self._loader:
             self._record(len(batch["images"]), batch["failed"])
-            for views, labels, size in zip(batch["images"], batch["labels"], batch["original_sizes"], strict=True):
+            if len(batch["images"]):
+                (views,), (labels,), (size,) = batch["images"], batch["labels"], batch["original_sizes"]
                 with self._fabric.autocast():
                     found = self._inference(network, views, size)
                 metrics.update(found, labels.to(found.device, non_blocking=True))

@@ -14,7 +14,6 @@ from torch import Tensor
 from convmae.commands.inference import OrderedBatches, load_trained_segmenter, open_pictures, report_damaged
 from convmae.commands.segment.inference import Inference, InferenceOptions
 from convmae.data.images import decode_image
-from convmae.data.segmentation import collate_views
 from convmae.data.sources import ImageCollection
 from convmae.errors import UserError
 from convmae.training.checkpoint import replace_file
@@ -77,7 +76,7 @@ def predict(
     model = load_trained_segmenter(weights, engine)
     network = model.network
     infer = Inference(inference, network.settings, batch_size)
-    batches = OrderedBatches(model, infer.transform, pictures, 1, skip_damaged, "segmenting", collate_fn=collate_views)
+    batches = OrderedBatches(model, infer.transform, pictures, 1, skip_damaged, "segmenting")
     first_label = int(network.settings["reduce_zero_label"])
     label_maps: list[Path] = []
     overlays: list[Path] = []

@@ -21,8 +21,8 @@ from convmae.data.ade20k import (
 )
 from convmae.data.failures import DecodingFailures
 from convmae.data.images import UndecodableImageError, decode_image
-from convmae.data.loading import build_training_loader
-from convmae.data.segmentation import RandomScaleCrop, collate_labels
+from convmae.data.loading import Loading, build_training_loader
+from convmae.data.segmentation import RandomScaleCrop
 from convmae.errors import UserError
 from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.models.encoder import height_and_width
@@ -198,14 +198,15 @@ def train(
     loader = build_training_loader(
         training,
         RandomScaleCrop(size, variation.scale, variation.largest_share, variation.flip, variation.distortion, channels),
-        batch_size=pictures_of_a_pass,
-        collate_fn=collate_labels,
+        Loading(
+            pictures_of_a_pass,
+            skip_damaged,
+            workers,
+            pin_memory=fabric.device.type == "cuda",
+            num_replicas=fabric.world_size,
+            rank=fabric.global_rank,
+        ),
         seed=seed,
-        skip_damaged=skip_damaged,
-        num_workers=workers,
-        pin_memory=fabric.device.type == "cuda",
-        num_replicas=fabric.world_size,
-        rank=fabric.global_rank,
     )
     infer = Inference(inference, network.settings, pictures_of_a_pass)
     judge = Judge(fabric, validation, infer, failures.record, workers, skip_damaged)
@@ -266,9 +267,9 @@ def draw_examples(path: Path, network: Segmenter, validation: SegmentationImages
                 image = decode_image(file, network.settings["in_channels"]) / 255
         except (OSError, UndecodableImageError):
             continue  # judging has listed it
-        found = infer(network, sample["views"], sample["original_size"]).cpu()
+        found = infer(network, sample["image"], sample["original_size"]).cpu()
         pictures += [
-            SegmentedPicture(image, sample["labels"], "annotated"),
+            SegmentedPicture(image, sample["label"].tensor, "annotated"),
             SegmentedPicture(image, found, "segmented"),
         ]
     if pictures:
