@@ -36,7 +36,7 @@ from torchvision.transforms.v2 import functional
 
 from convmae.data.demo import demo_photographs
 from convmae.data.images import RandomCrop
-from convmae.data.loading import build_training_loader
+from convmae.data.loading import Loading, build_training_loader
 from convmae.data.sources import open_images
 
 SIZES = ((500, 375), (2000, 1500), (4000, 3000))  # ImageNet's average, the web's, a phone's
@@ -107,7 +107,7 @@ def simplejpeg_tensor(encoded: bytes) -> Tensor:
 
 def ours(encoded: bytes) -> Tensor:
     """What convmae does: simplejpeg, a large JPEG at a reduced size; the crop is resampled channels-last."""
-    return _shipped(io.BytesIO(encoded), [int(torch.randint(2**62, ()))])[0]
+    return _shipped(io.BytesIO(encoded), None, [int(torch.randint(2**62, ()))])[0]["image"]
 
 
 WAYS: tuple[Callable[[bytes], Tensor], ...] = (
@@ -175,7 +175,7 @@ def measure_loaders(rounds: int, workers: int) -> dict[str, dict[str, float]]:
         }
         for repeats in REPEATS:
             loaders[f"ours, aug_repeats {repeats}"] = build_training_loader(
-                open_images(name), _shipped, batch_size=BATCH, num_workers=workers, aug_repeats=repeats
+                open_images(name), _shipped, Loading(BATCH, num_workers=workers), aug_repeats=repeats
             )
         batches = {way: epochs(loader) for way, loader in loaders.items()}
         rates: dict[str, list[float]] = {way: [] for way in loaders}
@@ -238,7 +238,7 @@ def _difference_of_ours(files: list[bytes]) -> float:
         expected = functional.pil_to_tensor(
             image.crop((left, top, left + width, top + height)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         )
-        (result,) = _shipped(io.BytesIO(encoded), [seed])
+        result = _shipped(io.BytesIO(encoded), None, [seed])[0]["image"]
         differences.append((result.float() - (expected.flip(2) if mirrored else expected)).abs().mean().item())
     return statistics.mean(differences)
 

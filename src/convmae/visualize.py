@@ -20,11 +20,12 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
+from convmae.labels import IGNORED
+
 _GREY = 0.5  # colour of masked places
 _ACCURACY = {"top1": "top-1", "top5": "top-5"}  # figures of a classifier's evaluations, and their labels
 _DOTS = 120  # an inch
 _DRAWN_SIDES = (6.0, 3.6)  # inches of pictures with detections or classes, longer side: of a single one, of several
-_NOTHING = 255  # in label maps: no class
 _MOST_NAMES = 20  # of classes in a legend
 _LONGEST_NAME = 40  # letters of them
 _TRANSLUCENT = 0.6  # weight of a class's colour over a picture
@@ -228,17 +229,17 @@ def segmentation_picture(path: str | Path, rows: Sequence[Sequence[SegmentedPict
     The picture keeps its own colours where there is no class.
     """
     figure, cells = _figure_of_pictures(rows)
-    counts = np.zeros(_NOTHING + 1, dtype=np.int64)
+    counts = np.zeros(IGNORED + 1, dtype=np.int64)
     for cell, one in zip(cells, chain.from_iterable(rows), strict=True):
         counts += np.bincount(one.labels.cpu().numpy().ravel(), minlength=len(counts))
         cell.imshow(_segmented(one, _drawn_side(rows) * _DOTS))
-    _add_legend(figure, counts[:_NOTHING], classes)
+    _add_legend(figure, counts[:IGNORED], classes)
     _save(figure, path)
 
 
 def class_colours(number: int) -> np.ndarray:
     """A colour for each class, uint8 (number, 3), the same for any number; from the 256th on they come again."""
-    return _palette()[np.arange(number) % _NOTHING]
+    return _palette()[np.arange(number) % IGNORED]
 
 
 @cache
@@ -252,7 +253,7 @@ def _palette() -> np.ndarray:
     ten = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     chosen = [colour for colour in ten if len(set(colour)) > 1]
     nearest = np.linalg.norm(places[:, None] - _oklab(np.array(chosen)), axis=-1).min(axis=1)
-    while len(chosen) < _NOTHING:
+    while len(chosen) < IGNORED:
         farthest = nearest.argmax()
         chosen.append(candidates[farthest])
         nearest = np.minimum(nearest, np.linalg.norm(places - places[farthest], axis=-1))
@@ -286,9 +287,9 @@ def _segmented(one: SegmentedPicture, dots: float) -> np.ndarray:
     labels = interpolate(one.labels[None, None].float().cpu(), size, mode="nearest-exact")
     rim = (max_pool2d(labels, 3, 1, 1) != labels) | (-max_pool2d(-labels, 3, 1, 1) != labels)
     numbers = labels[0, 0].long().numpy()
-    weights = np.where(rim[0, 0].numpy(), 1.0, _TRANSLUCENT) * (numbers != _NOTHING)
-    below = np.where(numbers[:, :, None] == _NOTHING, image, image.mean(axis=2, keepdims=True))
-    return below + weights[:, :, None] * (class_colours(_NOTHING + 1)[numbers] / 255 - below)
+    weights = np.where(rim[0, 0].numpy(), 1.0, _TRANSLUCENT) * (numbers != IGNORED)
+    below = np.where(numbers[:, :, None] == IGNORED, image, image.mean(axis=2, keepdims=True))
+    return below + weights[:, :, None] * (class_colours(IGNORED + 1)[numbers] / 255 - below)
 
 
 def _add_legend(figure: Figure, counts: np.ndarray, classes: Sequence[str]) -> None:

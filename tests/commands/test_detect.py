@@ -12,6 +12,10 @@ import sys
 import pytest
 import torch
 import yaml
+from convmae.commands.detect.evaluation import evaluate
+from convmae.commands.detect.judgement import DetectionQuality, print_quality
+from convmae.commands.detect.prediction import predict
+from convmae.commands.detect.training import AnnotatedBatch, JitterOptions, train
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -20,10 +24,6 @@ from torchvision.ops import box_iou
 import convmae
 from convmae import cli, weights
 from convmae.commands import supervised
-from convmae.commands.detect.evaluation import evaluate
-from convmae.commands.detect.judgement import DetectionQuality, print_quality
-from convmae.commands.detect.prediction import predict
-from convmae.commands.detect.training import AnnotatedBatch, JitterOptions, train
 from convmae.data.scenes import CATEGORY_IDS, SHAPES, write_scenes
 from convmae.evaluation.detection import CocoFigures
 from convmae.training.checkpoint import CheckpointOptions

@@ -131,7 +131,12 @@ def test_a_batch_of_nothing_is_refused():
 def test_settings_of_a_run_are_flat_and_plain():
     options = SupervisedRunOptions(Path("runs/x"), 3, 8, convmae.training.optimizer.LayerDecayOptions())
     settings = flat_settings({"data": Path("photos"), "options": options, "drop_path": 0.1})
-    assert (settings["data"], settings["output"], settings["epochs"], settings["drop_path"]) == ("photos", "runs/x", 3, 0.1)
+    assert (settings["data"], settings["output"], settings["epochs"], settings["drop_path"]) == (
+        "photos",
+        "runs/x",
+        3,
+        0.1,
+    )
     assert settings["engine"] == {"accelerator": "auto", "precision": "auto", "workers": None} | {
         "devices": EngineOptions().devices,
         "num_nodes": 1,

@@ -146,13 +146,13 @@ def test_the_published_form_learns_from_a_stream(labelled, autoencoder_file, tmp
 
 def test_each_image_is_read_once(labelled, autoencoder_file, tmp_path, monkeypatch):
     opened = []
-    open_labelled = ImageCollection.open_labelled
+    open_annotated = ImageCollection.open_annotated
 
     def counting(self, index):
         opened.append(self.picture_name(index))
-        return open_labelled(self, index)
+        return open_annotated(self, index)
 
-    monkeypatch.setattr(ImageCollection, "open_labelled", counting)
+    monkeypatch.setattr(ImageCollection, "open_annotated", counting)
     probe(str(labelled), autoencoder_file, tmp_path / "probe", batch_size=7, engine=IN_PROCESS)
     assert sorted(opened) == sorted(map(str, labelled.rglob("*.png")))
 

@@ -10,6 +10,11 @@ import numpy
 import pytest
 import torch
 import yaml
+from convmae.commands.segment.evaluation import evaluate
+from convmae.commands.segment.inference import InferenceOptions
+from convmae.commands.segment.judgement import print_quality
+from convmae.commands.segment.prediction import predict
+from convmae.commands.segment.training import VariationOptions, train
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -18,11 +23,6 @@ from torch import nn
 import convmae
 from convmae import cli, weights
 from convmae.commands import supervised
-from convmae.commands.segment.evaluation import evaluate
-from convmae.commands.segment.inference import InferenceOptions
-from convmae.commands.segment.judgement import print_quality
-from convmae.commands.segment.prediction import predict
-from convmae.commands.segment.training import VariationOptions, train
 from convmae.data.scenes import SHAPES, draw_scene, write_scenes
 from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.training.checkpoint import CheckpointOptions

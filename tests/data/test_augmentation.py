@@ -71,7 +71,7 @@ def photographs(tmp_path):
 def test_a_sample_depends_on_its_key_and_seed_only(photographs):
     dataset = training_images(photographs, AugmentationOptions(), seed=1)
     states = random_states()
-    image = dataset[2, 3]["images"][0]
+    image = dataset[2, 3][0]["image"]
     assert random_states() == states
     assert (image.dtype, image.shape) == (torch.uint8, (3, 8, 8))
     for number in range(3):
@@ -80,11 +80,11 @@ def test_a_sample_depends_on_its_key_and_seed_only(photographs):
         torch.manual_seed(number)
         dataset[number, 7 - number]
         again = training_images(photographs, AugmentationOptions(), seed=1)
-        assert torch.equal(dataset[2, 3]["images"][0], image)
-        assert torch.equal(again[2, 3]["images"][0], image)
+        assert torch.equal(dataset[2, 3][0]["image"], image)
+        assert torch.equal(again[2, 3][0]["image"], image)
     others = [dataset[1, 3], dataset[2, 11], training_images(photographs, AugmentationOptions(), seed=2)[2, 3]]
-    assert not any(torch.equal(other["images"][0], image) for other in others)
-    assert dataset[2, 11]["label"] == dataset[2, 3]["label"] == 0
+    assert not any(torch.equal(other[0]["image"], image) for other in others)
+    assert dataset[2, 11][0]["label"] == dataset[2, 3][0]["label"] == 0
 
 
 def test_policies_and_jitter_vary_colours_and_no_augmentation_does_not(tmp_path):
@@ -96,14 +96,14 @@ def test_policies_and_jitter_vary_colours_and_no_augmentation_does_not(tmp_path)
         (NO_AUGMENTATION, False),
     ):
         dataset = training_images(source, options)
-        means = torch.stack([dataset[epoch, 0]["images"][0].float().mean((1, 2)) for epoch in range(12)])
+        means = torch.stack([dataset[epoch, 0][0]["image"].float().mean((1, 2)) for epoch in range(12)])
         assert ((means - torch.tensor(colour)).abs().amax() > 10) == varies
 
 
 def test_no_augmentation_crops_and_flips(tmp_path):
     slope = Image.fromarray(numpy.tile(numpy.arange(0, 240, 4, dtype=numpy.uint8), (60, 1))).convert("RGB")
     dataset = training_images(source_of(tmp_path, [slope]), NO_AUGMENTATION)
-    images = torch.stack([dataset[epoch, 0]["images"][0] for epoch in range(40)]).int()
+    images = torch.stack([dataset[epoch, 0][0]["image"] for epoch in range(40)]).int()
     assert (images == images[:, :1, :1]).all()
     steps = images[:, 0, 0].diff(dim=1)
     rising, falling = (steps >= 0).all(dim=1), (steps <= 0).all(dim=1)
@@ -116,23 +116,23 @@ def test_no_augmentation_crops_and_flips(tmp_path):
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_a_whole_crop_is_pillows_bicubic_resizing(tmp_path, flip):
     picture = photograph(40, 40)
-    sample = training_images(source_of(tmp_path, [picture]), replace(WHOLE, flip=flip))[0, 0]
+    sample = training_images(source_of(tmp_path, [picture]), replace(WHOLE, flip=flip))[0, 0][0]
     expected = pil_to_tensor(picture.resize((8, 8), Image.Resampling.BICUBIC))
-    assert torch.equal(sample["images"][0], expected.flip(2) if flip else expected)
+    assert torch.equal(sample["image"], expected.flip(2) if flip else expected)
 
 
 def test_grey_and_transparent_training_images(tmp_path):
     picture = photograph(40, 40, "RGBA")
     source = source_of(tmp_path, [picture])
     small = partial(Image.Image.resize, size=(8, 8), resample=Image.Resampling.BICUBIC)
-    grey = training_images(source, WHOLE, in_channels=1)[0, 0]["images"][0]
+    grey = training_images(source, WHOLE, in_channels=1)[0, 0][0]["image"]
     assert grey.shape == (1, 8, 8)
     expected = pil_to_tensor(small(picture.convert("RGB")).convert("L"))
     assert (grey.int() - expected.int()).abs().max() <= 1
-    transparent = training_images(source, WHOLE, in_channels=4)[0, 0]["images"][0]
+    transparent = training_images(source, WHOLE, in_channels=4)[0, 0][0]["image"]
     assert torch.equal(transparent, pil_to_tensor(small(picture)))
     varied = training_images(source, AugmentationOptions(), in_channels=1)
-    assert {varied[epoch, 0]["images"][0].shape for epoch in range(8)} == {(1, 8, 8)}
+    assert {varied[epoch, 0][0]["image"].shape for epoch in range(8)} == {(1, 8, 8)}
 
 
 def test_impossible_options_are_refused(photographs):
@@ -163,7 +163,7 @@ def test_policies_work_at_their_strongest(photographs, policy):
     dataset = training_images(photographs, options, (16, 16))
     for epoch in range(12):
         for index in range(len(dataset)):
-            assert dataset[epoch, index]["images"][0].shape == (3, 16, 16)
+            assert dataset[epoch, index][0]["image"].shape == (3, 16, 16)
 
 
 def test_keeping_no_bit_gives_black():

@@ -8,10 +8,10 @@ import torch
 import torchvision
 from PIL import Image
 
-from convmae.data.device_decoding import DeferredCrop, DeviceDecoder, EncodedCrops, collate_encoded
+from convmae.data.device_decoding import DeferredCrop, DeviceDecoder, EncodedCrop, collate_encoded
 from convmae.data.images import RandomCrop
 from convmae.data.labelled import open_labelled_images
-from convmae.data.loading import build_training_loader
+from convmae.data.loading import Loading, build_training_loader
 from convmae.data.sources import open_files
 from convmae.errors import UserError
 
@@ -64,11 +64,10 @@ def both(source, in_channels=3, aug_repeats=1, num_workers=0):
     They are those of the epochs that together see each image once.
     """
     crop = RandomCrop((32, 32), in_channels)
-    options = {"batch_size": len(source), "aug_repeats": aug_repeats, "seed": 3}
-    here = build_training_loader(source, crop, num_workers=num_workers, **options)
-    there = build_training_loader(
-        source, DeferredCrop(crop), collate_fn=collate_encoded, num_workers=num_workers, **options
-    )
+    loading = Loading(len(source), skip_damaged=True, num_workers=num_workers)
+    options = {"aug_repeats": aug_repeats, "seed": 3}
+    here = build_training_loader(source, crop, loading, **options)
+    there = build_training_loader(source, DeferredCrop(crop), loading, collate_fn=collate_encoded, **options)
     decoder = DeviceDecoder(there.dataset, crop, torch.device("cpu"))
     pairs = []
     for epoch in range(aug_repeats):
@@ -100,7 +99,7 @@ def test_only_plain_files_travel_encoded(source):
     left = []
     for number in range(len(source)):
         with source.open(number) as file:
-            left.append(isinstance(deferred(file, [0]), EncodedCrops))
+            left.append(isinstance(deferred(file, None, [0])[0]["image"], EncodedCrop))
     kinds = [int(source.picture_name(number).rpartition("/")[2].removesuffix(".jpg")) < 5 for number in range(9)]
     assert left == kinds
 
@@ -138,11 +137,11 @@ def refusals(monkeypatch):
 
 
 def test_a_file_that_the_device_refuses_is_decoded_by_the_cpu(source, refusals, caplog):
-    sizes = []
+    deferred, sizes = DeferredCrop(RandomCrop((32, 32))), []
     for number in range(len(source)):
         with source.open(number) as file:
             data = file.read()
-        if isinstance(DeferredCrop(RandomCrop((32, 32)))(io.BytesIO(data), [0]), EncodedCrops):
+        if isinstance(deferred(io.BytesIO(data), None, [0])[0]["image"], EncodedCrop):
             sizes.append(len(data))
     refusals["from"] = max(sizes)
     pairs = both(source, aug_repeats=3)

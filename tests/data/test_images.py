@@ -34,8 +34,8 @@ def photograph(width, height):
 
 
 def crop_of(data, image_size=(8, 8), in_channels=3, scale=(1.0, 1.0)):
-    (crop,) = RandomCrop(image_size, in_channels, scale)(io.BytesIO(data), [0])
-    return crop
+    (sample,) = RandomCrop(image_size, in_channels, scale)(io.BytesIO(data), None, [0])
+    return sample["image"]
 
 
 # Decoding
@@ -49,7 +49,7 @@ def test_crops_agree_with_the_plain_bicubic_path(size, tolerance, image_format, 
     crop = RandomCrop((224, 192), in_channels)
     whole = Image.open(io.BytesIO(data)).convert({1: "L", 3: "RGB", 4: "RGBA"}[in_channels])
     seeds = [0, 1, 2]
-    results = crop(io.BytesIO(data), seeds)
+    results = [sample["image"] for sample in crop(io.BytesIO(data), None, seeds)]
     mirrored = set()
     for seed, result in zip(seeds, results, strict=True):
         top, left, height, width, mirror = crop.draw(size[1], size[0], seed)
@@ -65,7 +65,10 @@ def test_crops_agree_with_the_plain_bicubic_path(size, tolerance, image_format, 
 def test_an_upright_jpeg_of_full_size_has_pillows_pixels():
     data = encoded(photograph(250, 200), "JPEG")
     crop = RandomCrop((200, 250), scale=(1.0, 1.0))
-    for result in crop(io.BytesIO(data), range(4)):
+    for sample in crop(io.BytesIO(data), 7, range(4)):
+        assert sample.keys() == {"image", "label"}
+        assert sample["label"] == 7
+        result = sample["image"]
         expected = functional.pil_to_tensor(Image.open(io.BytesIO(data)))
         assert torch.equal(result, expected) or torch.equal(result, expected.flip(2))
 
@@ -91,9 +94,10 @@ def test_crops_are_distributed_as_torchvisions(size):
 def test_several_crops_are_those_of_single_calls():
     crop = RandomCrop((32, 32))
     for data in (encoded(photograph(100, 80), "JPEG"), encoded(photograph(100, 80))):
-        together = crop(io.BytesIO(data), [5, 6, 7])
+        together = crop(io.BytesIO(data), None, [5, 6, 7])
         for seed, view in zip((5, 6, 7), together, strict=True):
-            assert torch.equal(view, crop(io.BytesIO(data), [seed])[0])
+            assert torch.equal(view["image"], crop(io.BytesIO(data), None, [seed])[0]["image"])
+            assert view.keys() == {"image"}
 
 
 def test_several_crops_of_a_large_jpeg_share_one_reduced_decoding(monkeypatch):
@@ -106,7 +110,7 @@ def test_several_crops_of_a_large_jpeg_share_one_reduced_decoding(monkeypatch):
     monkeypatch.setattr("convmae.data.images.simplejpeg.decode_jpeg", decode)
     data = encoded(photograph(1600, 1200), "JPEG")
     crop = RandomCrop((64, 64))
-    views = crop(io.BytesIO(data), range(4))
+    views = crop(io.BytesIO(data), None, range(4))
     smallest = min(min(crop.draw(1200, 1600, seed)[2:4]) for seed in range(4))
     (pixels,) = decoded
     reduction = 1600 // pixels.shape[1]

@@ -16,7 +16,7 @@ from torchvision.datasets import FakeData
 from convmae.data import labelled
 from convmae.data.augmentation import CenterCrop
 from convmae.data.labelled import open_labelled_images
-from convmae.data.loading import build_evaluation_loader
+from convmae.data.loading import Loading, build_evaluation_loader
 from convmae.errors import UserError
 
 
@@ -35,7 +35,7 @@ def contents(collection):
     """(name of the class, value of the picture) of every picture, sorted."""
     found = []
     for index in range(len(collection)):
-        file, label = collection.open_labelled(index)
+        file, label = collection.open_annotated(index)
         with file, Image.open(file) as image:
             red, green, blue = image.convert("RGB").getpixel((3, 2))
         assert red == green == 255 - blue
@@ -47,7 +47,7 @@ def streamed_contents(stream):
     """The same of a stream."""
     found = []
     for picture in stream:
-        file, label = picture.open_labelled()
+        file, label = picture.open_annotated()
         with file, Image.open(file) as image:
             found.append((stream.classes[label], image.convert("RGB").getpixel((3, 2))[0]))
     return sorted(found)
@@ -111,7 +111,7 @@ def test_fewer_classes_keep_the_numbers_of_training(folder):
     training = open_labelled_images(folder, "train")
     validation = open_labelled_images(folder, "val", training.classes)
     assert validation.classes == training.classes
-    assert {validation.open_labelled(index)[1] for index in range(3)} == {1, 2}
+    assert {validation.open_annotated(index)[1] for index in range(3)} == {1, 2}
     (folder / "val" / "ant").mkdir()  # empty, as no picture of it was kept
     assert contents(open_labelled_images(folder, "val", training.classes)) == contents(validation)
 
@@ -281,7 +281,7 @@ def test_tensorflow_data_set(tensorflow_data_set, by_folder):
 def test_tensorflow_data_set_in_loading_processes(tensorflow_data_set):
     source = open_labelled_images(f"tfds/{tensorflow_data_set}", "train")
     contents(source)  # the parent has read before it forks
-    batches = build_evaluation_loader(source, CenterCrop((4, 4)), batch_size=2, num_workers=2)
+    batches = build_evaluation_loader(source, CenterCrop((4, 4)), Loading(2, num_workers=2))
     values = torch.cat([batch["images"][:, 0, 2, 2] for batch in batches])
     assert sorted(values.tolist()) == [5, 6, 7]
 
@@ -330,7 +330,7 @@ def test_torchvision_data_set(fake_data):
     assert (len(collection), collection.classes) == (5, ["no", "yes"])
     assert {label for _, label in data} == {0, 1}
     for index, (image, label) in enumerate(data):
-        file, number = collection.open_labelled(index)
+        file, number = collection.open_annotated(index)
         with Image.open(file) as read:
             assert (read.mode, read.size, read.tobytes()) == ("RGB", (7, 8), image.tobytes())
         assert number == label

@@ -15,6 +15,7 @@ from convmae.data.images import RandomCrop
 from convmae.data.labelled import open_labelled_images
 from convmae.data.loading import (
     EvaluationImages,
+    Loading,
     TrainingImages,
     build_evaluation_loader,
     build_training_loader,
@@ -54,12 +55,12 @@ def source_of(folder, pictures):
     return open_labelled_images(folder, "train")
 
 
-def training_loader(source, transform=WHOLE, batch_size=4, **options):
-    return build_training_loader(source, transform, **{"batch_size": batch_size, "skip_damaged": False, **options})
+def training_loader(source, transform=WHOLE, batch_size=4, seed=0, aug_repeats=1, **options):
+    return build_training_loader(source, transform, Loading(batch_size, **options), seed=seed, aug_repeats=aug_repeats)
 
 
-def evaluation_loader(source, batch_size=4, **options):
-    return build_evaluation_loader(source, CENTRE, batch_size=batch_size, **options)
+def evaluation_loader(source, batch_size=4, first=0, **options):
+    return build_evaluation_loader(source, CENTRE, Loading(batch_size, **options), first=first)
 
 
 def epoch_of(batches, epoch=0, batch=0):
@@ -109,13 +110,13 @@ def numbered(tmp_path):
 def test_a_sample_depends_on_its_key_and_seed_only(photographs, transform):
     dataset = TrainingImages(photographs, transform, seed=1)
     states = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    image = dataset[2, 3]["images"][0]
+    image = dataset[2, 3][0]["image"]
     assert (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
     torch.rand(7)
     dataset[0, 0]
-    assert torch.equal(dataset[2, 3]["images"][0], image)
+    assert torch.equal(dataset[2, 3][0]["image"], image)
     others = [dataset[1, 3], dataset[2, 11], TrainingImages(photographs, transform, seed=2)[2, 3]]
-    assert not any(torch.equal(other["images"][0], image) for other in others)
+    assert not any(torch.equal(other[0]["image"], image) for other in others)
 
 
 @pytest.mark.parametrize("transform", [CROP, VARIED])
@@ -173,11 +174,15 @@ def test_a_batch_holds_several_views_of_each_of_fewer_images(photographs, transf
         assert len(torch.unique(batch["images"], dim=0)) == 6
         groups = batch["images"].split(aug_repeats)
         found = [
-            [index for index, sample in enumerate(samples) if torch.equal(torch.stack(sample["images"]), group)]
+            [
+                index
+                for index, views in enumerate(samples)
+                if torch.equal(torch.stack([view["image"] for view in views]), group)
+            ]
             for group in groups
         ]
         assert [len(indices) for indices in found] == [1] * (6 // aug_repeats)
-        labels = [samples[index]["label"] for (index,) in found for _ in range(aug_repeats)]
+        labels = [view["label"] for (index,) in found for view in samples[index]]
         assert batch["labels"].tolist() == labels
 
 
@@ -270,10 +275,10 @@ def test_truncated_files_count_as_damaged(image_format, transform, tmp_path):
     source = open_images(tmp_path)
     if transform is CENTRE:
         sample = EvaluationImages(source, transform, skip_damaged=True)[0]
-        assert sample["image"] is None
+        assert sample.keys() == {"index", "failed"}
     else:
-        sample = TrainingImages(source, transform)[0, 0]
-        assert (sample["images"][0] == 50).all()
+        (sample,) = TrainingImages(source, transform)[0, 0]
+        assert (sample["image"] == 50).all()
     assert [failure.partition(": ")[0] for failure in sample["failed"]] == ["0.png"]
 
 
@@ -290,13 +295,13 @@ def test_a_damaged_file_is_refused_by_its_name(partly_damaged):
 
 def test_damaged_files_are_replaced_in_training(partly_damaged):
     dataset = TrainingImages(partly_damaged, WHOLE)
-    sample = dataset[0, 3]
+    (sample,) = dataset[0, 3]
     assert names(sample["failed"]) == ["03", "04"]
     assert sample["failed"][0].endswith("/03.png: not an image, or of an unknown format")
     assert "truncated" in sample["failed"][1]
-    assert (sample["images"][0] == 50).all()
+    assert (sample["image"] == 50).all()
     assert sample["label"] == 1
-    assert (dataset[0, 11]["images"][0] == 0).all()  # after the last comes the first
+    assert (dataset[0, 11][0]["image"] == 0).all()  # after the last comes the first
     whole = epoch_of(training_loader(partly_damaged, skip_damaged=True))
     assert [len(batch["images"]) for batch in whole] == [4, 4, 4]
     assert sorted(names(failure for batch in whole for failure in batch["failed"])) == ["03", "04", "04", "11"]
@@ -312,7 +317,8 @@ def test_damaged_files_are_left_out_of_evaluation(partly_damaged):
             assert values(batch) == (10 * batch["indices"]).tolist()
             assert torch.equal(batch["labels"], batch["indices"] // 5)
     empty = list(evaluation_loader(partly_damaged, 1, skip_damaged=True))[3]
-    assert (len(empty["images"]), len(empty["labels"]), len(empty["indices"])) == (0, 0, 0)
+    assert empty.keys() == {"images", "indices", "failed"}
+    assert (len(empty["images"]), len(empty["indices"])) == (0, 0)
     assert names(empty["failed"]) == ["03"]
 
 
@@ -333,12 +339,12 @@ def test_all_labelled_images_in_a_row_may_be_damaged_but_one(tmp_path):
         (tmp_path / "train" / "a" / f"{index}.png").write_bytes(b"damaged")
     (tmp_path / "train" / "b").mkdir()
     plain(7).save(tmp_path / "train" / "b" / "0.png")
-    sample = TrainingImages(open_labelled_images(tmp_path, "train"), WHOLE)[0, 0]
+    (sample,) = TrainingImages(open_labelled_images(tmp_path, "train"), WHOLE)[0, 0]
     assert (len(sample["failed"]), sample["label"]) == (60, 1)
 
 
 def test_only_the_files_are_blamed_for_damage(photographs):
-    def broken(file, seeds=()):
+    def broken(file, annotation, seeds=()):
         raise ValueError("a mistake of our own")
 
     with pytest.raises(ValueError, match="a mistake of our own"):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from convmae.data.sampler import ResumableSampler, mixed_seed
+from convmae.data.sampler import ResumableSampler
+from convmae.seeds import mixed_seed
 
 
 def keys(num_samples, batch_size, num_replicas=1, rank=0, epoch=0, batch=0, seed=0):

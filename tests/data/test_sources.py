@@ -10,7 +10,7 @@ from timm.data.readers import img_extensions
 
 from convmae.data import sources
 from convmae.data.images import RandomCrop
-from convmae.data.loading import TrainingImages, build_training_loader
+from convmae.data.loading import Loading, TrainingImages, build_training_loader
 from convmae.data.sources import open_images
 from convmae.errors import UserError
 
@@ -36,8 +36,9 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
-def loader(source, **options):
-    return build_training_loader(source, RandomCrop((8, 8)), **{"batch_size": 4, **options})
+def loader(source, batch_size=4, seed=0, **options):
+    loading = Loading(batch_size, skip_damaged=True, **options)
+    return build_training_loader(source, RandomCrop((8, 8)), loading, seed=seed)
 
 
 def epoch_of(batches, epoch=0, batch=0):
@@ -82,8 +83,8 @@ def test_demo_photographs():
     assert len(source) == 256
     assert len({source.picture_name(index) for index in range(256)}) == 16
     dataset = TrainingImages(source, RandomCrop((32, 32)))
-    samples = [dataset[0, index] for index in range(16)]
-    assert all(not sample["failed"] and sample["images"][0].float().std() > 5 for sample in samples)
+    samples = [dataset[0, index][0] for index in range(16)]
+    assert all(not sample["failed"] and sample["image"].float().std() > 5 for sample in samples)
 
 
 @pytest.mark.parametrize("data", ["demo", "wds/x-{0..1}.tar", "hfds/x", "hfids/x"])

@@ -8,8 +8,8 @@ import torch.distributed
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from convmae.evaluation.segmentation import SegmentationMetrics, SegmentationQuality
+from convmae.labels import IGNORED
 
-IGNORED = 255
 CPU = torch.device("cpu")
 
 

@@ -11,8 +11,9 @@ from transformers.models.upernet.modeling_upernet import UperNetFCNHead as Their
 from transformers.models.upernet.modeling_upernet import UperNetHead as TheirUperNetHead
 
 import convmae
+from convmae.labels import IGNORED
 from convmae.models import positions
-from convmae.models.segmenter import IGNORED, FCNHead, UperNetHead
+from convmae.models.segmenter import FCNHead, UperNetHead
 from convmae.training.optimizer import LayerDecayOptions, build_optimizer
 
 SMALL = {

@@ -18,7 +18,8 @@ from convmae import weights as weights_files
 from convmae.commands.options import BatchOptions
 from convmae.data.augmentation import CenterCrop
 from convmae.data.demo import demo_photographs
-from convmae.data.loading import Loading, Transform, build_evaluation_loader
+from convmae.data.loading import Loading, build_evaluation_loader
+from convmae.data.samples import Transform
 from convmae.data.sources import EXTENSIONS, ImageCollection, open_files, open_images
 from convmae.errors import UserError
 from convmae.kinds import load, load_classifier
@@ -197,7 +198,7 @@ class OrderedBatches:
         self._loader = build_evaluation_loader(pictures, transform, loading, first=first)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yields {"images": uint8 (B, C, H, W), "indices": (B,), "failed": list, "position": int}."""
+        """Yields batches with the transform's entries, "indices" (B,), "failed" and "position"."""
         position, reported = self._first, 0
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
         console = Console(stderr=True)

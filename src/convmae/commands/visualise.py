@@ -77,7 +77,7 @@ def visualise(
     chosen = [number * len(pictures) // count for number in range(count)]
     samples = [dataset[number] for number in chosen]
     report_damaged([failure for sample in samples for failure in sample["failed"]])
-    seen = [sample["image"] for sample in samples if sample["image"] is not None]
+    seen = [sample["image"] for sample in samples if "image" in sample]
     if not seen:
         raise UserError(f"none of the images of {images} can be decoded: check the files")
     maps, looks = [], []

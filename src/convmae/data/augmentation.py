@@ -15,8 +15,9 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from convmae.data.images import open_upright, pillow_mode
-from convmae.data.sampler import seeded
+from convmae.data.samples import Sample, labelled
 from convmae.errors import UserError
+from convmae.seeds import seeded
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **others: Any) -> Image.Image:
@@ -82,16 +83,19 @@ class Augmentation:
         except (AssertionError, ValueError) as error:  # what timm says of a policy that it does not know
             raise UserError(f"unknown policy auto_augment '{options.auto_augment}': see timm's") from error
 
-    def __call__(self, file: BinaryIO, seeds: Sequence[int]) -> list[Tensor]:
-        """An encoded picture, decoded once -> a view for each seed, uint8 (C, H, W); raises UndecodableImageError."""
+    def __call__(self, file: BinaryIO, label: int | None, seeds: Sequence[int]) -> list[Sample]:
+        """An encoded picture, decoded once, and its class, if it has one -> a sample for each seed.
+
+        {"image": uint8 (C, H, W), "label": the class}, without a class no "label". Raises UndecodableImageError.
+        """
         grey = self._in_channels == 1  # policies mix in colours, so grey comes last
         image = open_upright(file, 3 if grey else self._in_channels)
-        views = []
+        samples = []
         for seed in seeds:
             with seeded(seed):
                 pixels = self._transform(image)
-            views.append(_grey(pixels) if grey else pixels)
-        return views
+            samples.append(labelled(_grey(pixels) if grey else pixels, label))
+        return samples
 
 
 class CenterCrop:
@@ -105,9 +109,12 @@ class CenterCrop:
             (3, *image_size), crop_pct=crop_pct, interpolation="bicubic", normalize=False
         )
 
-    def __call__(self, file: BinaryIO) -> Tensor:
-        """An encoded picture -> uint8 (C, H, W); raises UndecodableImageError."""
-        return self._transform(open_upright(file, self._in_channels))
+    def __call__(self, file: BinaryIO, label: int | None = None) -> Sample:
+        """An encoded picture and its class, if it has one -> {"image": uint8 (C, H, W), "label": the class}.
+
+        Without a class no "label". Raises UndecodableImageError.
+        """
+        return labelled(self._transform(open_upright(file, self._in_channels)), label)
 
 
 class BatchAugmentation:

@@ -1,12 +1,13 @@
 """JPEG files decoded on the device: the loading processes only read them and draw the crops.
 
 Plain JPEG files (8 bits, grey or RGB, upright, not progressive) travel encoded and are decoded a batch at a time, by
-nvJPEG on a GPU. Everything else is decoded where it is read, as without this module. D samples decoded there, R views
-of a picture, B batch, C channels, H height, W width.
+nvJPEG on a GPU. Everything else is decoded where it is read, as without this module. D samples decoded there, B batch,
+C channels, H height, W width.
 """
 
 import io
 import logging
+from collections.abc import Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from torch.nn.functional import interpolate
 from torchvision import io as torchvision_io
 
 from convmae.data.images import Crop, RandomCrop, is_plain_jpeg, undecodable_if_damaged
-from convmae.data.loading import TrainingImages, collate
+from convmae.data.loading import TrainingImages
+from convmae.data.samples import Sample, collate, labelled
 from convmae.errors import UserError
 
 _READ_MODES = {1: "GRAY", 3: "RGB"}  # by channels
@@ -25,11 +27,22 @@ _END_OF_IMAGE = b"\xff\xd9"
 _logger = logging.getLogger(__name__)
 
 
-class EncodedCrops(NamedTuple):
-    """A JPEG file and the crops to be taken of it."""
+class EncodedCrop(NamedTuple):
+    """A JPEG file and the crop to be taken of it."""
+
+    encoded: bytes
+    crop: Crop
+
+
+class EncodedViews(NamedTuple):
+    """A JPEG file and the crops to be taken of it, for one batch."""
 
     encoded: bytes
     crops: list[Crop]
+    places: list[int]
+    """Of the crops in the batch."""
+    key: tuple[int, int]
+    """Of the picture in the data set."""
 
 
 class DeferredCrop:
@@ -38,8 +51,8 @@ class DeferredCrop:
     def __init__(self, crop: RandomCrop) -> None:
         self.crop = crop
 
-    def __call__(self, file: BinaryIO, seeds: list[int]) -> EncodedCrops | list[Tensor]:
-        """What RandomCrop returns, for a plain JPEG file the same crops still to be taken; raises as it does."""
+    def __call__(self, file: BinaryIO, label: int | None, seeds: Sequence[int]) -> list[Sample]:
+        """What RandomCrop returns, each "image" of a plain JPEG file an EncodedCrop; raises as it does."""
         with undecodable_if_damaged():
             encoded = file.read()
             with Image.open(io.BytesIO(encoded)) as image:
@@ -47,25 +60,31 @@ class DeferredCrop:
                 # A GPU has no engine for progressive files: the training process would do much of the work.
                 baseline = not image.info.get("progressive")
                 if complete and baseline and is_plain_jpeg(image):
-                    return EncodedCrops(encoded, [self.crop.draw(image.height, image.width, seed) for seed in seeds])
-        return self.crop(io.BytesIO(encoded), seeds)
+                    crops = [self.crop.draw(image.height, image.width, seed) for seed in seeds]
+                    return [labelled(EncodedCrop(encoded, crop), label) for crop in crops]
+        return self.crop(io.BytesIO(encoded), label, seeds)
 
 
-def collate_encoded(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples of TrainingImages with DeferredCrop -> what DeviceDecoder takes.
+def collate_encoded(samples: list[Sample]) -> dict[str, Any]:
+    """Samples of DeferredCrop with their keys -> what DeviceDecoder takes.
 
-    {"encoded": their places in the batch, keys and EncodedCrops, "images": uint8 (D*R, C, H, W) of the others,
-    "samples": how many these are together, "failed": list}
+    {"encoded": EncodedViews of each plain JPEG file, "images": uint8 (D, C, H, W) of the other samples, "samples": how
+    many these are together, "failed": list}
     """
-    decoded = [sample for sample in samples if not isinstance(sample["images"], EncodedCrops)]
+    # Files as bytes, since every tensor would take a file descriptor on its way to the training process.
+    encoded: dict[tuple[int, int], EncodedViews] = {}
+    decoded: list[Sample] = []
+    for place, sample in enumerate(samples):
+        if isinstance(sample["image"], EncodedCrop):
+            file, crop = sample["image"]
+            views = encoded.setdefault(sample["key"], EncodedViews(file, [], [], sample["key"]))
+            views.crops.append(crop)
+            views.places.append(place)
+        else:
+            decoded.append(sample)
     return {
-        # As bytes, since every tensor would take a file descriptor on its way to the training process.
-        "encoded": [
-            (place, sample["key"], sample["images"])
-            for place, sample in enumerate(samples)
-            if isinstance(sample["images"], EncodedCrops)
-        ],
-        "images": collate(decoded)["images"] if decoded else torch.empty(0, dtype=torch.uint8),
+        "encoded": list(encoded.values()),
+        "images": collate(decoded)["images"],
         "samples": len(samples),
         "failed": [failure for sample in samples for failure in sample["failed"]],
     }
@@ -76,7 +95,7 @@ class DeviceDecoder:
 
     def __init__(self, images: TrainingImages, crop: RandomCrop, device: torch.device) -> None:
         """images: the loader's data set; crop: what its DeferredCrop defers. Raises UserError where nothing decodes."""
-        self._crop, self._device, self._repeats = crop, device, images.aug_repeats
+        self._crop, self._device = crop, device
         # Takes over where the device cannot decode.
         self._images = TrainingImages(images.source, crop, images.seed, images.skip_damaged, images.aug_repeats)
         self._warned = False
@@ -96,22 +115,18 @@ class DeviceDecoder:
         Raises UserError where a file that the device does not decode is one too many, as TrainingImages does.
         """
         failed = list(batch["failed"])
-        views: dict[int, list[Tensor]] = {}
-        encoded = batch["encoded"]
-        pictures = self._decode_each([found.encoded for _, _, found in encoded])
-        for (place, key, found), pixels in zip(encoded, pictures, strict=True):
-            resized = None if pixels is None else self._views(pixels, found.crops)
+        images: dict[int, Tensor] = {}
+        pictures = self._decode_each([views.encoded for views in batch["encoded"]])
+        for views, pixels in zip(batch["encoded"], pictures, strict=True):
+            resized = None if pixels is None else self._views(pixels, views.crops)
             if resized is None:
-                sample = self._images[key]
-                resized = [image.to(self._device) for image in sample["images"]]
-                failed += sample["failed"]
-            views[place] = resized
+                samples = self._images[views.key]
+                resized = [sample["image"].to(self._device) for sample in samples]
+                failed += [failure for sample in samples for failure in sample["failed"]]
+            images |= zip(views.places, resized, strict=True)
         others = iter(batch["images"].to(self._device, non_blocking=True))
-        for place in range(batch["samples"]):
-            if place not in views:
-                views[place] = [next(others) for _ in range(self._repeats)]
-        images = torch.stack([image for place in range(batch["samples"]) for image in views[place]])
-        return {"images": images, "failed": failed}
+        ordered = [images[place] if place in images else next(others) for place in range(batch["samples"])]
+        return {"images": torch.stack(ordered), "failed": failed}
 
     def _decode_each(self, files: list[bytes]) -> list[Tensor | None]:
         """What `_decode` gives, None for each file that the device refuses."""

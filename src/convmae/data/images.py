@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional
 
+from convmae.data.samples import Sample, labelled
 from convmae.errors import UserError
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's mode
@@ -79,15 +80,18 @@ class RandomCrop:
         self.image_size = (height, width)
         self._scale = scale
 
-    def __call__(self, file: BinaryIO, seeds: Sequence[int]) -> list[Tensor]:
-        """An encoded picture, decoded once -> a crop for each seed, uint8 (C, H, W); raises UndecodableImageError."""
+    def __call__(self, file: BinaryIO, label: int | None, seeds: Sequence[int]) -> list[Sample]:
+        """An encoded picture, decoded once, and its class, if it has one -> a sample for each seed.
+
+        {"image": uint8 (C, H, W), "label": the class}, without a class no "label". Raises UndecodableImageError.
+        """
         with undecodable_if_damaged():
             encoded = file.read()
             with Image.open(io.BytesIO(encoded)) as image:
                 # The header tells the size, so the crops are known before a pixel is decoded.
                 crops = [self.draw(image.height, image.width, seed) for seed in seeds]
                 regions = _decode_crops(encoded, image, crops, self._mode, self.image_size)
-        return [self._resized(region, crop) for region, crop in zip(regions, crops, strict=True)]
+        return [labelled(self._resized(region, crop), label) for region, crop in zip(regions, crops, strict=True)]
 
     def draw(self, height: int, width: int, seed: int) -> Crop:
         """A crop of a picture of this size: a share of its area and an aspect ratio, both random, at a random place."""

@@ -1,33 +1,28 @@
 """From the pictures of a source to batches, for training in a random order without end, for judging in order once.
 
-A transform (RandomCrop, Augmentation, CenterCrop) makes a tensor of an encoded picture. Here it gets its seeds, damaged
-pictures are replaced, left out or refused, and processes and workers get their shares. B batch, R views of a picture,
-C channels, H height, W width.
+A transform makes samples of an encoded picture and its annotation, see `samples`. Here it gets its seeds, damaged
+pictures are replaced, left out or refused, and processes and workers get their shares. B batch, C channels, H height,
+W width.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from timm.data.readers.shared_count import SharedCount
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from convmae.data.images import UndecodableImageError, UnfitAnnotationError, undecodable_if_damaged
-from convmae.data.sampler import ResumableSampler, mixed_seed
+from convmae.data.sampler import ResumableSampler
+from convmae.data.samples import RandomTransform, Sample, Transform, collate
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
+from convmae.seeds import mixed_seed
 
-Transform = Callable[..., Any]
-"""An encoded picture, and its annotation if it has one -> uint8 (C, H, W), or what the collate_fn takes; raises
-UndecodableImageError.
-"""
-
-RandomTransform = Callable[..., Any]
-"""An encoded picture, its annotation if it has one, and seeds -> a view of it for each seed, uint8 (C, H, W), or what
-the collate_fn takes; raises UndecodableImageError.
-"""
+T = TypeVar("T")
 
 _FAILURES_IN_A_ROW = 50  # of unlabelled pictures; more than chance damage: a broken disk, or not pictures at all
 
@@ -48,19 +43,18 @@ class TrainingImages(Dataset):
         skip_damaged: bool = True,
         aug_repeats: int = 1,
     ) -> None:
-        """aug_repeats: views of each picture, R."""
+        """aug_repeats: views of each picture."""
         self.source, self.transform, self.seed, self.skip_damaged = source, transform, seed, skip_damaged
         self.aug_repeats = aug_repeats
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """{"images": R of uint8 (C, H, W), "label": int, "key": key, "failed": of the damaged pictures it replaces}.
+    def __getitem__(self, key: tuple[int, int]) -> list[Sample]:
+        """A sample for each view, with its "key"; the first with those "failed" that the picture replaces.
 
-        "images" are what the transform returns, "failed" names and reasons. The index is taken modulo the length, the
-        label is 0 without classes. Raises UserError at the first damaged picture unless skip_damaged, and where 50 in a
-        row, of labelled ones all, are damaged.
+        The index is taken modulo the length. Raises UserError at the first damaged picture unless skip_damaged, and
+        where 50 in a row, of labelled ones all, are damaged.
         """
         epoch, index = key
         seeds = [mixed_seed(self.seed, epoch, index, view) for view in range(self.aug_repeats)]
@@ -68,13 +62,13 @@ class TrainingImages(Dataset):
         for attempt in range(_most_failures(self.source)):
             position = (index + attempt) % len(self)
             try:
-                images, label = _transformed(
-                    self.source, partial(self.source.open_labelled, position), self.transform, seeds
+                samples = _transformed(
+                    self.source, partial(self.source.open_annotated, position), self.transform, seeds
                 )
             except UndecodableImageError as error:
                 failed.append(_failure(self.source.picture_name(position), error, self.skip_damaged))
             else:
-                return {"images": images, "label": label, "key": key, "failed": failed}
+                return [{**sample, "key": key} for sample in _with_failures(samples, failed)]
         raise _all_failed(self.source, failed)
 
 
@@ -90,7 +84,7 @@ class StreamedTrainingImages(IterableDataset):
         skip_damaged: bool = True,
         aug_repeats: int = 1,
     ) -> None:
-        """batch_size: samples per rank and step; aug_repeats: views of each, R."""
+        """batch_size: pictures per rank and step; aug_repeats: views of each."""
         self.source, self.transform, self.seed, self.skip_damaged = source, transform, seed, skip_damaged
         self.batch_size, self.aug_repeats = batch_size, aug_repeats
         self.epoch, self.first_batch = SharedCount(), SharedCount()  # workers that live on see them change
@@ -100,7 +94,7 @@ class StreamedTrainingImages(IterableDataset):
         self.source.reader.set_epoch(epoch // self.aug_repeats)
         self.epoch.value, self.first_batch.value = epoch, batch
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[list[Sample]]:
         """Yields samples as TrainingImages does, without keys, and raises as it does."""
         worker = get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -120,13 +114,13 @@ class StreamedTrainingImages(IterableDataset):
             try:
                 key = (self.seed, epoch, self.source.reader.global_worker_id, place)
                 seeds = [mixed_seed(*key, view) for view in range(self.aug_repeats)]
-                images, label = _transformed(self.source, picture.open_labelled, self.transform, seeds)
+                samples = _transformed(self.source, picture.open_annotated, self.transform, seeds)
             except UndecodableImageError as error:
                 failed.append(_failure(picture.name(), error, self.skip_damaged))
                 if len(failed) == _most_failures(self.source):
                     raise _all_failed(self.source, failed) from error
                 continue
-            yield {"images": images, "label": label, "failed": failed}
+            yield _with_failures(samples, failed)
             failed = []
             wanted -= 1
             if not wanted:
@@ -142,14 +136,14 @@ class EvaluationImages(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"image": uint8 (C, H, W), "label": int, "index": int, "failed": []}; "image" is None for a damaged file.
+    def __getitem__(self, index: int) -> Sample:
+        """The transform's, with "index" and "failed"; of a damaged picture only these two.
 
-        Raises UserError for a damaged file unless skip_damaged.
+        Raises UserError for a damaged picture unless skip_damaged.
         """
-        open_labelled = partial(self.source.open_labelled, index)
+        open_annotated = partial(self.source.open_annotated, index)
         name = partial(self.source.picture_name, index)
-        return {"index": index, **_judged(self.source, open_labelled, self.transform, name, self.skip_damaged)}
+        return {"index": index, **_judged(self.source, open_annotated, self.transform, name, self.skip_damaged)}
 
 
 class StreamedEvaluationImages(IterableDataset):
@@ -158,45 +152,46 @@ class StreamedEvaluationImages(IterableDataset):
     def __init__(self, source: ImageStream, transform: Transform, skip_damaged: bool = False) -> None:
         self.source, self.transform, self.skip_damaged = source, transform, skip_damaged
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Sample]:
         """Yields samples as EvaluationImages does, without an "index"."""
-        for name, open_labelled in self.source:
-            yield _judged(self.source, open_labelled, self.transform, name, self.skip_damaged)
+        for name, open_annotated in self.source:
+            yield _judged(self.source, open_annotated, self.transform, name, self.skip_damaged)
 
 
 def _transformed(
     source: ImageCollection | ImageStream,
-    open_labelled: Callable[[], tuple[BinaryIO, int | None]],
-    transform: Callable[..., Any],
-    *arguments: Any,
-) -> tuple[Any, int | None]:
-    """What the transform makes of a picture and of the arguments, and the label; raises UndecodableImageError.
-
-    In place of a label, the transform takes an annotation.
-    """
+    open_annotated: Callable[[], tuple[BinaryIO, Any]],
+    transform: Callable[..., T],
+    *seeds: Sequence[int],
+) -> T:
+    """What the transform makes of a picture, its annotation and the seeds; raises UndecodableImageError."""
     with undecodable_if_damaged():
-        file, label = open_labelled()
+        file, annotation = open_annotated()
     with file:
-        if source.annotated:
-            return transform(file, label, *arguments), None
-        images = transform(file, *arguments)
-    if source.classes and (label is None or not 0 <= label < len(source.classes)):
-        raise UserError(f"{source.name} has images without a class (number {label}): choose another split")
-    return images, label
+        made = transform(file, annotation, *seeds)
+    # Other annotations than the number of a class are checked where they are read.
+    labelled = annotation is not None and (not isinstance(annotation, int) or 0 <= annotation < len(source.classes))
+    if source.classes and not labelled:
+        raise UserError(f"{source.name} has images without a class (number {annotation}): choose another split")
+    return made
+
+
+def _with_failures(samples: list[Sample], failed: list[str]) -> list[Sample]:
+    """The views of a picture, of which the first tells what the picture replaces."""
+    return [{**sample, "failed": [] if view else failed} for view, sample in enumerate(samples)]
 
 
 def _judged(
     source: ImageCollection | ImageStream,
-    open_labelled: Callable[[], tuple[BinaryIO, int | None]],
+    open_annotated: Callable[[], tuple[BinaryIO, Any]],
     transform: Transform,
     name: Callable[[], str],
     skip_damaged: bool,
-) -> dict[str, Any]:
+) -> Sample:
     try:
-        image, label = _transformed(source, open_labelled, transform)
+        return {**_transformed(source, open_annotated, transform), "failed": []}
     except UndecodableImageError as error:
-        return {"image": None, "label": 0, "failed": [_failure(name(), error, skip_damaged)]}
-    return {"image": image, "label": label, "failed": []}
+        return {"failed": [_failure(name(), error, skip_damaged)]}
 
 
 def _failure(name: str, error: UndecodableImageError, skip_damaged: bool) -> str:
@@ -259,52 +254,71 @@ class TrainingLoader(ImageLoader):
         return len(self._stream.source) // crops - self._stream.first_batch.value
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How pictures become batches, whatever they are for."""
+
+    batch_size: int
+    """Samples per process and step."""
+    skip_damaged: bool = False
+    """Whether damaged pictures are left out, in training replaced by others, instead of an error."""
+    num_workers: int = 0
+    """Loading processes; without any, the process itself loads."""
+    pin_memory: bool = False
+    """Whether batches lie in memory that a GPU copies from while it computes."""
+    num_replicas: int = 1
+    """Processes that share the pictures."""
+    rank: int = 0
+    """Which of them this is."""
+
+
 def build_training_loader(
     source: ImageCollection | ImageStream,
     transform: RandomTransform,
+    loading: Loading,
     *,
-    batch_size: int,
-    collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
-    aug_repeats: int = 1,
     seed: int = 0,
-    skip_damaged: bool = True,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    num_replicas: int = 1,
-    rank: int = 0,
+    aug_repeats: int = 1,
+    collate_fn: Callable[[list[Sample]], dict[str, Any]] | None = None,
 ) -> TrainingLoader:
-    """This rank's shuffled batches {"images": uint8 (B, C, H, W), "labels": int64 (B,), "failed": list}.
+    """This process's shuffled batches, as `collate` makes them of the transform's samples.
 
-    batch_size: views per rank and step; aug_repeats: how many of them, side by side, are of one picture, which is
-    decoded once. An epoch has as many views as there are pictures, so each picture is seen in one of aug_repeats
-    epochs. The images of a collection do not depend on num_workers; a stream is split among the workers, of which there
-    are at most as many as shards and as batches an epoch. collate_fn: replaces `collate`, for other batches than these.
-    Raises UserError unless aug_repeats divides batch_size.
+    aug_repeats: how many samples of a batch, side by side, are of one picture, which is decoded once. An epoch has as
+    many samples as there are pictures, so each picture is seen in one of aug_repeats epochs. What is seen of a
+    collection does not depend on num_workers; a stream is split among the workers, of which there are at most as many
+    as shards and as batches an epoch. collate_fn: replaces `collate`, for other batches than its. Raises UserError
+    unless aug_repeats divides the batch size.
     """
-    if aug_repeats < 1 or batch_size % aug_repeats:
+    if aug_repeats < 1 or loading.batch_size % aug_repeats:
         raise UserError(
-            f"{batch_size} images a pass and process are no multiple of aug_repeats {aug_repeats}: change one of them"
+            f"{loading.batch_size} images a pass and process are no multiple of aug_repeats {aug_repeats}: change one "
+            "of them"
         )
-    samples = batch_size // aug_repeats
+    pictures = loading.batch_size // aug_repeats
     dataset: TrainingImages | StreamedTrainingImages
-    sampler = None
+    sampler, num_workers = None, loading.num_workers
     if isinstance(source, ImageStream):
         # An epoch is rounded up to whole batches in every worker.
-        num_workers = min(num_workers, max(1, source.reader.num_samples // (batch_size * num_replicas)))
-        num_workers = _share_stream(source, batch_size, num_workers, num_replicas, rank, seed)
-        dataset = StreamedTrainingImages(source, transform, samples, seed, skip_damaged, aug_repeats)
+        whole_batches = source.reader.num_samples // (loading.batch_size * loading.num_replicas)
+        num_workers = _share_stream(source, loading, min(num_workers, max(1, whole_batches)), seed)
+        dataset = StreamedTrainingImages(source, transform, pictures, seed, loading.skip_damaged, aug_repeats)
     else:
-        dataset = TrainingImages(source, transform, seed, skip_damaged, aug_repeats)
+        dataset = TrainingImages(source, transform, seed, loading.skip_damaged, aug_repeats)
         sampler = ResumableSampler(
-            len(dataset), samples, seed=seed, num_replicas=num_replicas, rank=rank, aug_repeats=aug_repeats
+            len(dataset),
+            pictures,
+            seed=seed,
+            num_replicas=loading.num_replicas,
+            rank=loading.rank,
+            aug_repeats=aug_repeats,
         )
     return TrainingLoader(
         dataset,
-        batch_size=samples,
+        batch_size=pictures,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=collate_fn or collate,
-        pin_memory=pin_memory,
+        collate_fn=partial(_collate_views, collate_fn or collate),
+        pin_memory=loading.pin_memory,
         drop_last=True,
         persistent_workers=num_workers > 0,
         # Each pass draws a seed for the workers; from the global generator, a resumed run would have one draw more.
@@ -313,73 +327,44 @@ def build_training_loader(
 
 
 def build_evaluation_loader(
-    source: ImageCollection | ImageStream,
-    transform: Transform,
-    *,
-    batch_size: int,
-    collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
-    skip_damaged: bool = False,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    num_replicas: int = 1,
-    rank: int = 0,
-    first: int = 0,
+    source: ImageCollection | ImageStream, transform: Transform, loading: Loading, *, first: int = 0
 ) -> ImageLoader:
-    """Batches in order, each image on one rank only; of a collection from image number `first` on.
+    """Batches in order, as `collate` makes them, each picture in one process only; from picture number `first` on.
 
-    {"images": uint8 (B, C, H, W), "labels": (B,), "indices": (B,), "failed": list}; damaged images are left out, so
-    batches may be smaller, or empty. Those of a stream have no "indices" and, with workers, no settled order.
-    collate_fn: makes other batches than these of samples as EvaluationImages gives them.
+    Damaged pictures are left out, so batches may be smaller, or empty. Those of a stream begin at its start, have no
+    "indices" and, with workers, no settled order.
     """
     dataset: EvaluationImages | StreamedEvaluationImages
-    sampler = None
+    sampler, num_workers = None, loading.num_workers
     if isinstance(source, ImageStream):
-        num_workers = _share_stream(source, batch_size, num_workers, num_replicas, rank)
-        dataset = StreamedEvaluationImages(source, transform, skip_damaged)
+        num_workers = _share_stream(source, loading, num_workers)
+        dataset = StreamedEvaluationImages(source, transform, loading.skip_damaged)
     else:
-        dataset = EvaluationImages(source, transform, skip_damaged)
-        sampler = range(first + rank, len(dataset), num_replicas)
+        dataset = EvaluationImages(source, transform, loading.skip_damaged)
+        sampler = range(first + loading.rank, len(dataset), loading.num_replicas)
     return ImageLoader(
         dataset,
-        batch_size=batch_size,
+        batch_size=loading.batch_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=collate_fn or _collate_decoded,
-        pin_memory=pin_memory,
+        collate_fn=collate,
+        pin_memory=loading.pin_memory,
         generator=torch.Generator(),
     )
 
 
-def _share_stream(
-    source: ImageStream, batch_size: int, num_workers: int, num_replicas: int, rank: int, seed: int = 0
-) -> int:
+def _share_stream(source: ImageStream, loading: Loading, num_workers: int, seed: int = 0) -> int:
     """Tell the stream who reads it; the number of workers, at most one a shard."""
-    most = max(1, source.num_shards // num_replicas)
+    most = max(1, source.num_shards // loading.num_replicas)
     if num_workers > most:
         _logger.warning("%s: %d loader workers instead of %d, one a shard", source.name, most, num_workers)
         num_workers = most
-    source.configure(batch_size, num_workers, num_replicas, rank, seed)
+    source.configure(loading.batch_size, num_workers, loading.num_replicas, loading.rank, seed)
     return num_workers
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples of training images -> the batch that build_training_loader describes."""
-    # The channels lie last in memory, in single images as in batches: nothing is copied in another order.
-    images = default_collate([image.permute(1, 2, 0) for sample in samples for image in sample["images"]])
-    return {
-        "images": images.permute(0, 3, 1, 2),
-        "labels": torch.tensor([sample["label"] for sample in samples for _ in sample["images"]]),
-        "failed": [failure for sample in samples for failure in sample["failed"]],
-    }
-
-
-def _collate_decoded(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    decoded = [sample for sample in samples if sample["image"] is not None]
-    batch = {
-        "images": torch.stack([sample["image"] for sample in decoded]) if decoded else torch.empty(0),
-        "labels": torch.tensor([sample["label"] for sample in decoded], dtype=torch.int64),
-        "failed": [failure for sample in samples for failure in sample["failed"]],
-    }
-    if "index" in samples[0]:
-        batch["indices"] = torch.tensor([sample["index"] for sample in decoded], dtype=torch.int64)
-    return batch
+def _collate_views(
+    collate_fn: Callable[[list[Sample]], dict[str, Any]], pictures: list[list[Sample]]
+) -> dict[str, Any]:
+    """The samples of each picture -> a batch of all."""
+    return collate_fn([sample for samples in pictures for sample in samples])

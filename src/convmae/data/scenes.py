@@ -18,8 +18,8 @@ from PIL import Image
 
 from convmae.data.demo import demo_photographs
 from convmae.data.images import open_upright
-from convmae.data.sampler import mixed_seed
 from convmae.errors import UserError
+from convmae.seeds import mixed_seed
 
 SHAPES = ("disc", "ring", "triangle", "square", "star")
 """The classes, in the order of their labels."""

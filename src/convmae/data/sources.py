@@ -17,17 +17,14 @@ import fsspec
 from timm.data.readers import create_reader
 
 from convmae.data.demo import DemoReader
-from convmae.data.sampler import mixed_seed
 from convmae.errors import UserError
+from convmae.seeds import mixed_seed
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 class ImageCollection:
     """Encoded pictures that are opened by index; `classes` names their classes, where they have any."""
-
-    annotated = False
-    """Whether a picture comes with an annotation, which its transform needs, instead of a class."""
 
     def __init__(self, name: str, reader: Any, picture_name: Callable[[int], str], classes: Sequence[str] = ()) -> None:
         self.name, self.picture_name, self.classes, self._reader = name, picture_name, list(classes), reader
@@ -39,18 +36,18 @@ class ImageCollection:
         """The encoded picture number `index`, 0 <= index < len(self); the caller closes it."""
         return self._reader[index][0]
 
-    def open_labelled(self, index: int) -> tuple[BinaryIO, int | None]:
-        """The same with the number of its class, None if it has none; 0 where there are no classes."""
+    def open_annotated(self, index: int) -> tuple[BinaryIO, Any]:
+        """The same with what is known of it, its annotation: here the number of its class, None if it has none."""
         file, label = self._reader[index]
-        return file, label if self.classes else 0
+        return file, int(label) if self.classes and label is not None else None
 
 
 class StreamedPicture(NamedTuple):
     """An encoded picture that a stream has just read."""
 
     name: Callable[[], str]
-    open_labelled: Callable[[], tuple[BinaryIO, int | None]]
-    """Opens it and tells its class as `ImageCollection.open_labelled` does."""
+    open_annotated: Callable[[], tuple[BinaryIO, Any]]
+    """Opens it and tells its annotation as `ImageCollection.open_annotated` does."""
 
 
 class ImageStream:
@@ -58,8 +55,6 @@ class ImageStream:
 
     `classes` names their classes, where they have any. Streams made for training are shuffled.
     """
-
-    annotated = False
 
     def __init__(self, name: str, reader: Any, num_shards: int, classes: Sequence[str] = ()) -> None:
         self.name, self.num_shards, self.reader, self.classes = name, num_shards, reader, list(classes)
@@ -124,7 +119,7 @@ class _ShardStream(ImageStream):
         ]
 
     def _named(self, encoded: bytes, key: str) -> StreamedPicture:
-        return StreamedPicture(lambda: key, lambda: (io.BytesIO(encoded), 0))
+        return StreamedPicture(lambda: key, lambda: (io.BytesIO(encoded), None))
 
 
 class _HuggingFaceStream(ImageStream):
@@ -146,11 +141,11 @@ class _HuggingFaceStream(ImageStream):
             # Its place in the stream is another in every epoch.
             return f"{self.name}, {path or f'image with the checksum {zlib.crc32(data):08x}'}"
 
-        def open_labelled() -> tuple[BinaryIO, int | None]:
+        def open_annotated() -> tuple[BinaryIO, int | None]:
             file = fsspec.open(path, "rb").open() if data is None else io.BytesIO(data)
-            return file, key if self.classes else 0
+            return file, key if self.classes else None
 
-        return StreamedPicture(name, open_labelled)
+        return StreamedPicture(name, open_annotated)
 
 
 def open_images(data: str | Path, split: str = "train") -> ImageCollection | ImageStream:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-_IGNORED = 255
+from convmae.labels import IGNORED
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class SegmentationMetrics:
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         # The checks would take as long as the counting, and more: they sort all pixels.
-        self._confusion = MulticlassConfusionMatrix(num_classes, ignore_index=_IGNORED, validate_args=False)
+        self._confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
         # Without a counting operator torchmetrics compares each pixel with each cell, hundreds of gigabytes.
         self._device = torch.device("cpu") if device.type == "mps" else device
         self._confusion.to(self._device)

@@ -13,14 +13,12 @@ from torch.nn.functional import cross_entropy, interpolate, pad
 
 from convmae import weights
 from convmae.errors import UserError
+from convmae.labels import IGNORED
 from convmae.models.attention import AttentionOnMaps
 from convmae.models.backbone import Backbone, prefixed_matcher, refuse_settings
 from convmae.models.config import PATCH, EncoderConfig, changed, height_and_width
 from convmae.models.encoder import ConvViT
 from convmae.models.fitting import fit_downstream
-
-IGNORED = 255
-"""Label of pixels that nothing is learned from."""
 
 _SMALLEST = 3 * PATCH  # pixels along a side, so that the convolution to stride 32 finds three cells
 _CLASSES_AT_A_TIME = 16  # of scores in the size of a large picture: all 150 of 12 megapixels are 7 GB

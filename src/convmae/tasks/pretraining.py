@@ -135,4 +135,4 @@ def _examples(source: ImageCollection, crop: RandomCrop, seed: int) -> list[Tens
     """The images of every picture of the run."""
     images = TrainingImages(source, crop, seed)
     count = min(_EXAMPLES, len(images))
-    return [images[0, number * len(images) // count]["images"][0] for number in range(count)]
+    return [images[0, number * len(images) // count][0]["image"] for number in range(count)]

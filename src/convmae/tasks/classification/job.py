@@ -94,9 +94,8 @@ class ClassificationJob(Job[Accuracy]):
         """uint8 images (B, C, H, W) and labels (B,), each image once over all processes."""
         for batch in self._validation:
             self.failures.record(len(batch["images"]), batch["failed"])
-            images, labels = self._on_device(batch)
-            if len(images):
-                yield images, labels
+            if len(batch["images"]):
+                yield self._on_device(batch)
 
     def judge(self, network: nn.Module) -> Accuracy:
         """How good a network (images -> logits) is on the validation images of all processes."""

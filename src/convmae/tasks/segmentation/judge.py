@@ -57,7 +57,8 @@ class Judge:
         """Count this process's pixels, picture by picture."""
         for batch in self._loader:
             self._record(len(batch["images"]), batch["failed"])
-            for views, labels, size in zip(batch["images"], batch["labels"], batch["original_sizes"], strict=True):
+            if len(batch["images"]):
+                (views,), (labels,), (size,) = batch["images"], batch["labels"], batch["original_sizes"]
                 with self._fabric.autocast():
                     found = self._inference(network, views, size)
                 metrics.update(found, labels.to(found.device, non_blocking=True))

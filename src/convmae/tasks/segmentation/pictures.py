@@ -28,9 +28,9 @@ def draw_examples(path: Path, network: Segmenter, validation: SegmentationImages
                 image = decode_image(file, network.in_channels) / 255
         except (OSError, UndecodableImageError):
             continue  # judging has listed it
-        found = infer(network, sample["views"], sample["original_size"]).cpu()
+        found = infer(network, sample["image"], sample["original_size"]).cpu()
         pictures += [
-            SegmentedPicture(image, sample["labels"], "annotated"),
+            SegmentedPicture(image, sample["label"].tensor, "annotated"),
             SegmentedPicture(image, found, "segmented"),
         ]
     if pictures:
