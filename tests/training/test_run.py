@@ -1,4 +1,4 @@
-"""The course of a run, by a job so small that every figure can be told: what it keeps, averages, judges and restores."""
+"""The course of a run, by a job so small that all can be told: what it keeps, averages, judges and restores."""
 
 import math
 from dataclasses import dataclass

@@ -137,7 +137,7 @@ def _network(weights: Path | None, model: str, classes: list[str], **settings: A
     return network
 
 
-def _finish(finished: Finished[Accuracy], classes: list[str]) -> FinetuningResult:
+def _finish(finished: Finished[Classifier, Accuracy], classes: list[str]) -> FinetuningResult:
     """Draw the pictures, write the accuracy per class, print the summary, and say where everything is."""
     accuracy, folder = cast(Accuracy, finished.quality), finished.folder
     curve, confusion, table = folder / "loss.png", folder / "confusion.png", folder / "per-class.csv"

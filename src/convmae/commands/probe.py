@@ -189,7 +189,7 @@ def _published(
     accuracy = cast(Accuracy, finished.quality)
     result = ProbeResult(options.output, options.output, accuracy.top1, accuracy.top5, None, None)
     if fabric.is_global_zero:
-        judged = cast(ProbedEncoder, finished.network)
+        judged = finished.network
         _keep(result, judged.classifier, judged.linear_probe(), training.classes)
         _print({f"linear layer, {options.epochs} epochs": accuracy}, result, job.failures, finished.seconds)
     return result

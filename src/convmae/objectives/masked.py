@@ -20,6 +20,7 @@ from convmae.models.layers import Linear
 from convmae.models.positions import resized_pos_embed
 from convmae.models.sizes import TINY_DECODER
 from convmae.objectives.ablations import all_tokens, check_ablation, dense_stages, visible_pixels
+from convmae.objectives.objective import Objective
 from convmae.objectives.patches import cut_patches, join_patches, patch_statistics, take_patches
 from convmae.packing import Packing
 
@@ -35,7 +36,7 @@ class Reconstruction(NamedTuple):
     visible: Tensor
 
 
-class ConvMAE(nn.Module):
+class ConvMAE(Objective):
     """A masked autoencoder around a ConvViT; the defaults are the paper's base model.
 
     image_size: pixels, one number or (height, width), multiples of 16; by default the encoder's. Inputs of other sizes
@@ -164,9 +165,6 @@ class ConvMAE(nn.Module):
     def training_loss(self, images: Tensor) -> Reconstruction:
         """What a training step needs, nothing more: images (B, C, H*16, W*16), uint8 or normalised float."""
         return self(images, masked_only=True)
-
-    def after_step(self, step: int) -> None:
-        """Nothing: no teacher follows."""
 
     def examples(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Visible maps (B, H, W), the same each time, and reconstructions (B, C, H*16, W*16) of images, in [0, 1]."""

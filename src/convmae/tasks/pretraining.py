@@ -28,10 +28,10 @@ class SelfSupervised(nn.Module):
         self.objective = objective
 
     def forward(self, images: Tensor) -> Supervision:
-        return Supervision(self.objective.training_loss(images))
+        return Supervision(self.objective.training_loss(images).loss)
 
 
-class PretrainingJob(Job[Judgement]):
+class PretrainingJob(Job[Objective, Judgement]):
     """An objective on the images of a source; nothing judges it."""
 
     def __init__(
@@ -59,7 +59,7 @@ class PretrainingJob(Job[Judgement]):
         self.origin, self.data = origin, source.name
         self.picture = folder / "reconstructions" / "latest.png"
         self.failures = DecodingFailures(folder)
-        self._objective, self._fabric, self._aug_repeats = objective, fabric, aug_repeats
+        self._fabric, self._aug_repeats = fabric, aug_repeats
         self._pictures_every_epochs = pictures_every_epochs
         on_device = _decodes_on_device(decode, source, crop.in_channels, fabric.device)
         self._loader = build_training_loader(
@@ -94,7 +94,7 @@ class PretrainingJob(Job[Judgement]):
 
     def after_step(self, step: int) -> None:
         """Whatever the objective does then, such as moving a teacher on."""
-        self._objective.after_step(step)
+        self.network.after_step(step)
 
     def after_epoch(self, epoch: int, last: bool) -> None:
         """Draw what the objective makes of the examples, where it is time to."""
@@ -109,12 +109,10 @@ class PretrainingJob(Job[Judgement]):
     def _draw(self, path: Path) -> None:
         """Save the reconstructions of the examples, always under the same masks."""
         images = torch.stack(self._examples).to(self._fabric.device)
-        self._objective.eval()
-        found = self._objective.examples(images)
+        found = self.network.examples(images)
         if found is not None:
             visible, reconstructions = found
             reconstruction_picture(path, list((images / 255).cpu()), list(visible.cpu()), list(reconstructions.cpu()))
-        self._objective.train()
 
 
 def _decodes_on_device(

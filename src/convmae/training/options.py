@@ -23,8 +23,6 @@ class RunOptions:
     """Passes over the training data."""
     batch_size: int
     """Images a step, over all devices and passes."""
-    optimizer: OptimizerOptions | LarsOptions
-    """The optimiser and its schedule."""
     accumulate: int = 1
     """Forward and backward passes a step; more need less memory."""
     ema_decay: float | None = None
@@ -37,6 +35,8 @@ class RunOptions:
     """Of weights, order, and all that is drawn at random."""
     max_skipped: int = 20
     """Stop after this many steps in a row with a loss that is not finite."""
+    optimizer: OptimizerOptions | LarsOptions = OptimizerOptions()
+    """The optimiser and its schedule."""
     engine: EngineOptions = EngineOptions()
     """Devices and precision."""
     checkpoint: CheckpointOptions = CheckpointOptions()

@@ -50,13 +50,14 @@ class Judgement(Protocol):
         """What the run's log keeps of it."""
 
 
+N = TypeVar("N", bound=nn.Module)
 J = TypeVar("J", bound=Judgement)
 
 
-class Job(ABC, Generic[J]):
+class Job(ABC, Generic[N, J]):
     """What is a task's own in a run."""
 
-    network: nn.Module
+    network: N
     """The model that is saved, averaged and judged."""
     module: nn.Module
     """What is trained, with the network in it: a batch -> something with a `.loss`."""
@@ -82,15 +83,15 @@ class Job(ABC, Generic[J]):
     def batches(self, epoch: int, first: int) -> Iterable[Any]:
         """This process's batches of an epoch, from number `first` on, in the form that the module takes."""
 
-    def save(self, file: Path, network: nn.Module) -> None:
+    def save(self, file: Path, network: N) -> None:
         """Write the weights of the network, or of its average."""
-        weights.save_model(file, network)
+        weights.save_model(file, network)  # type: ignore[arg-type]  # all of ours have a description
 
-    def load(self, file: Path, network: nn.Module) -> None:
+    def load(self, file: Path, network: N) -> None:
         """Fill the network, or its average, from what `save` wrote; raises UserError where it is of another task."""
         weights.fill(network, weights.read(file)[0])
 
-    def judge(self, network: nn.Module) -> J | None:
+    def judge(self, network: N) -> J | None:
         """How good the network, or its average, is, the same in every process; None where nothing judges."""
         return None
 
@@ -109,12 +110,12 @@ class Job(ABC, Generic[J]):
 
 
 @dataclass(frozen=True)
-class Finished(Generic[J]):
+class Finished(Generic[N, J]):
     """A run that has ended."""
 
     log: RunLog
     folder: Path
-    network: nn.Module
+    network: N
     """The job's, or its average; where a best model is kept, with the weights of that."""
     checkpoint: Path
     """Folder with the file of the kept model."""
@@ -153,7 +154,7 @@ class Run:
         """The engine, launched: what follows happens in every process."""
         return start_engine(self.options.engine)
 
-    def train(self, fabric: Fabric, job: Job[J]) -> Finished[J]:
+    def train(self, fabric: Fabric, job: Job[N, J]) -> Finished[N, J]:
         """Train to the end, judge as it goes, and keep the best.
 
         Raises Interrupted and UserError as `convmae.training.loop.train` does.
@@ -166,7 +167,7 @@ class Run:
         module = cast(nn.Module, torch.compile(job.module)) if options.compile else job.module
         wrapped, wrapped_optimizer = fabric.setup(module, optimizer)
         average = self._average(job)
-        judged = job.network if average is None else average.module
+        judged = job.network if average is None else cast(N, average.module)
         torch.manual_seed(mixed_seed(options.seed, fabric.global_rank))  # what is drawn differs between processes
 
         fabric.barrier()  # all have looked at the run's folder before one writes to it
@@ -278,11 +279,11 @@ class Run:
         )
 
 
-class _Best(Generic[J]):
+class _Best(Generic[N, J]):
     """The best model of a run so far, in `file`, and how good it is."""
 
     def __init__(
-        self, fabric: Fabric, job: Job[J], network: nn.Module, folder: Path, restored: dict[str, Any] | None
+        self, fabric: Fabric, job: Job[N, J], network: N, folder: Path, restored: dict[str, Any] | None
     ) -> None:
         """network: the one that is judged. folder: the run's."""
         self._fabric, self._job, self._network = fabric, job, network

@@ -157,7 +157,7 @@ def train(
     finished = run.train(fabric, job)
     picture = options.output / "detections.png"
     if fabric.is_global_zero:
-        draw_examples(picture, cast(Detector, finished.network), validation)
+        draw_examples(picture, finished.network, validation)
     return _finish(finished, validation, picture)
 
 
@@ -171,7 +171,9 @@ def _network(weights: Path | None, model: str, training: CocoImages, **settings:
     return create_detector(model, **settings) if weights is None else load_detector(weights, **settings)
 
 
-def _finish(finished: Finished[DetectionQuality], validation: CocoImages, picture: Path) -> DetectorTrainingResult:
+def _finish(
+    finished: Finished[Detector, DetectionQuality], validation: CocoImages, picture: Path
+) -> DetectorTrainingResult:
     """Draw the curve, write the AP of each class, print the summary, and say where everything is."""
     quality, folder = cast(DetectionQuality, finished.quality), finished.folder
     curve, table = folder / "loss.png", folder / "per-class.csv"

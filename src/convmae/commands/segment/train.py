@@ -168,7 +168,7 @@ def train(
     finished = run.train(fabric, job)
     picture = options.output / "segmentation.png"
     if fabric.is_global_zero:
-        draw_examples(picture, cast(Segmenter, finished.network), validation, infer)
+        draw_examples(picture, finished.network, validation, infer)
     return _finish(finished, names, picture)
 
 
@@ -177,7 +177,9 @@ def _network(weights: Path | None, model: str, **settings: Any) -> Segmenter:
     return create_segmenter(model, **settings) if weights is None else load_segmenter(weights, **settings)
 
 
-def _finish(finished: Finished[SegmentationQuality], classes: list[str], picture: Path) -> SegmenterTrainingResult:
+def _finish(
+    finished: Finished[Segmenter, SegmentationQuality], classes: list[str], picture: Path
+) -> SegmenterTrainingResult:
     """Draw curve and confusions, write the figures of each class and the summary, and say where everything is."""
     quality, folder = cast(SegmentationQuality, finished.quality), finished.folder
     curve, table, confusion = folder / "loss.png", folder / "per-class.csv", folder / "confusion.png"

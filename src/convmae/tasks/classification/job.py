@@ -16,7 +16,7 @@ from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 from convmae.evaluation.accuracy import Accuracy, evaluate
 from convmae.models.classifier import Classifier
-from convmae.training.run import Job, Supervision
+from convmae.training.run import Job, N, Supervision
 
 
 class Supervised(nn.Module):
@@ -32,7 +32,7 @@ class Supervised(nn.Module):
         return Supervision(self.criterion(self.classifier(images).float(), targets))
 
 
-class ClassificationJob(Job[Accuracy]):
+class ClassificationJob(Job[N, Accuracy]):
     """A model from images to logits on the labelled images of a source, judged on those of another."""
 
     figure: str | None = "top1"
@@ -40,7 +40,7 @@ class ClassificationJob(Job[Accuracy]):
     def __init__(
         self,
         fabric: Fabric,
-        network: nn.Module,
+        network: N,
         encoder: Classifier,
         training: ImageCollection | ImageStream,
         validation: ImageCollection | ImageStream,
@@ -97,7 +97,7 @@ class ClassificationJob(Job[Accuracy]):
             if len(batch["images"]):
                 yield self._on_device(batch)
 
-    def judge(self, network: nn.Module) -> Accuracy:
+    def judge(self, network: N) -> Accuracy:
         """How good a network (images -> logits) is on the validation images of all processes."""
         accuracy = evaluate(self._fabric, network, self.validation(), len(self.classes))
         if not accuracy.confusion.sum():
@@ -113,10 +113,10 @@ class ClassificationJob(Job[Accuracy]):
         return batch["images"].to(device, non_blocking=True), batch["labels"].to(device, non_blocking=True)
 
 
-class FinetuningJob(ClassificationJob):
+class FinetuningJob(ClassificationJob[Classifier]):
     """A classifier under training, which goes on with its own classes only."""
 
-    def load(self, file: Path, network: nn.Module) -> None:
+    def load(self, file: Path, network: Classifier) -> None:
         """Fill the network; raises UserError where the file is of other classes."""
         state, facts = weights.read(file)
         if weights.flat(facts).get("classes") != self.classes:

@@ -47,7 +47,7 @@ class ProbedEncoder(nn.Module):
         return LinearProbe(weight, self.layer.bias.detach() - weight @ self.norm.running_mean, 0.0)
 
 
-class ProbeJob(ClassificationJob):
+class ProbeJob(ClassificationJob[ProbedEncoder]):
     """The layer under training. The last model counts, as published; no best one is kept."""
 
     figure = None
@@ -58,12 +58,12 @@ class ProbeJob(ClassificationJob):
         super().__init__(*arguments, **named)
         self._identity = {"encoder": _digest(self.network.classifier), "classes": json.dumps(self.classes)}
 
-    def save(self, file: Path, network: nn.Module) -> None:
+    def save(self, file: Path, network: ProbedEncoder) -> None:
         """Write layer and statistics, and of which encoder and classes they are."""
         head = {name: value.contiguous() for name, value in network.state_dict().items() if "classifier" not in name}
         save_file(head, file, self._identity)
 
-    def load(self, file: Path, network: nn.Module) -> None:
+    def load(self, file: Path, network: ProbedEncoder) -> None:
         """Fill layer and statistics; raises UserError where the file is of another encoder or other classes."""
         with safe_open(file, framework="pt") as stored:
             if stored.metadata() != self._identity:

@@ -41,7 +41,7 @@ class DetectorTraining(nn.Module):
         return self.detector(batch.images, batch.targets)
 
 
-class DetectionJob(Job[DetectionQuality]):
+class DetectionJob(Job[Detector, DetectionQuality]):
     """A detector on annotated images, judged on others by the AP of its boxes."""
 
     figure = "box_AP"
@@ -81,7 +81,7 @@ class DetectionJob(Job[DetectionQuality]):
             self.failures.record(len(batch["images"]), batch["failed"])
             yield AnnotatedBatch(*self._fabric.to_device((batch["images"], batch["targets"])))
 
-    def load(self, file: Path, network: nn.Module) -> None:
+    def load(self, file: Path, network: Detector) -> None:
         """Fill the network; raises UserError where the file is of other classes."""
         training, _ = self._sources
         state, facts = weights.read(file)
@@ -92,7 +92,7 @@ class DetectionJob(Job[DetectionQuality]):
             )
         weights.fill(network, state)
 
-    def judge(self, network: nn.Module) -> DetectionQuality:
+    def judge(self, network: Detector) -> DetectionQuality:
         """COCO's figures on the validation images of all processes."""
         return self._judge(network)
 

@@ -32,7 +32,7 @@ class SegmenterTraining(nn.Module):
         return self.segmenter(*batch)
 
 
-class SegmentationJob(Job[SegmentationQuality]):
+class SegmentationJob(Job[Segmenter, SegmentationQuality]):
     """A segmenter on images with label maps, judged on others by mIoU."""
 
     figure = "mIoU"
@@ -78,7 +78,7 @@ class SegmentationJob(Job[SegmentationQuality]):
             self.failures.record(len(batch["images"]), batch["failed"])
             yield self._fabric.to_device((batch["images"], batch["labels"]))
 
-    def load(self, file: Path, network: nn.Module) -> None:
+    def load(self, file: Path, network: Segmenter) -> None:
         """Fill the network; raises UserError where the file is of other classes or counts them otherwise."""
         training, _ = self._sources
         state, facts = weights.read(file)
@@ -90,7 +90,7 @@ class SegmentationJob(Job[SegmentationQuality]):
             )
         weights.fill(network, state)
 
-    def judge(self, network: nn.Module) -> SegmentationQuality:
+    def judge(self, network: Segmenter) -> SegmentationQuality:
         """mIoU and its like on the validation images of all processes."""
         return self._judge(network)
 
