@@ -43,12 +43,12 @@ def run(tmp_path, batches, plan, lr=0.05, restored=None):
             wrapped,
             wrapped_optimizer,
             schedule,
-            batches,
             plan,
-            checkpoints,
-            lambda folder: None,
-            log,
-            restored,
+            batches=batches,
+            checkpoints=checkpoints,
+            write_model=lambda folder: None,
+            log=log,
+            restored=restored,
         )
     finally:
         log.finish()
@@ -177,8 +177,9 @@ def batches(epoch, first):
 
 log = RunLog(folder, LoggingOptions(), active=fabric.is_global_zero)
 plan = Plan(epochs=1, steps_per_epoch=4, batch_size=8)
-position = train(fabric, wrapped, wrapped_optimizer, schedule, batches, plan,
-                 CheckpointFolder(folder / "checkpoints"), lambda path: None, log)
+checkpoints = CheckpointFolder(folder / "checkpoints")
+position = train(fabric, wrapped, wrapped_optimizer, schedule, plan, batches=batches, checkpoints=checkpoints,
+                 write_model=lambda path: None, log=log)
 (folder / f"rank{fabric.global_rank}").write_text(f"{position.skipped} {model.slope.item()!r}")
 """
 

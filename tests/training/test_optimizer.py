@@ -11,7 +11,6 @@ from convmae.training.optimizer import (
     LayerDecayOptions,
     OptimizerOptions,
     SegmentationOptimizerOptions,
-    build_lars,
     build_optimizer,
     build_schedule,
 )
@@ -104,7 +103,7 @@ def test_lars_takes_the_published_steps():
     layer = torch.nn.Linear(5, 3)
     parameters = [parameter.detach().clone() for parameter in layer.parameters()]
     momenta = [torch.zeros_like(parameter) for parameter in parameters]
-    lars = build_lars(layer, LarsOptions(base_lr=0.1, momentum=0.8), batch_size=1024)
+    lars = build_optimizer(layer, LarsOptions(base_lr=0.1, momentum=0.8), batch_size=1024)
     for _ in range(4):
         gradients = [torch.randn_like(parameter) for parameter in parameters]
         for own, gradient in zip(layer.parameters(), gradients, strict=True):
