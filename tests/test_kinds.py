@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 
 import pytest
@@ -6,10 +7,17 @@ import torch
 
 import convmae
 from convmae import weights
-from convmae.kinds import create_autoencoder, create_classifier, create_detector, create_segmenter
+from convmae.kinds import (
+    KINDS,
+    create,
+    create_autoencoder,
+    create_classifier,
+    create_detector,
+    create_segmenter,
+    kind_of,
+)
 from convmae.models.sizes import ENCODERS
-
-# Millions of parameters, of the published table of sizes (encoder) and of the whole models.
+from convmae.objectives import OBJECTIVES
 
 
 def test_weights_of_another_image_size_load_with_resized_positions():
@@ -419,3 +427,117 @@ def test_named_sizes_of_segmenters():
     assert tiny.settings["head_width"] < 100
     with pytest.raises(convmae.UserError, match="choose one of tiny, small, base, large, huge"):
         create_segmenter("gigantic")
+
+
+SMALL_ENCODER = {"widths": (16, 24, 32), "depths": (1, 1, 2), "num_heads": 2, "kernel_size": 3, "in_channels": 1}
+SMALL_DECODER = {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+OF_EACH_KIND = {
+    "convmae": lambda: convmae.ConvMAE(64, **SMALL_ENCODER, **SMALL_DECODER, mask_ratio=0.5, norm_pix=False),
+    "classifier": lambda: convmae.Classifier(64, **SMALL_ENCODER, num_classes=2, classes=["a", "b"], crop_pct=1.0),
+    "detector": lambda: convmae.Detector(
+        (64, 96),
+        **SMALL_ENCODER,
+        pos_embed_size=(64, 64),
+        num_classes=2,
+        category_ids=[3, 9],
+        head_width=8,
+        box_width=8,
+    ),
+    "segmenter": lambda: convmae.Segmenter(
+        (64, 96), **SMALL_ENCODER, num_classes=2, reduce_zero_label=True, head_width=8, auxiliary_width=8
+    ),
+}
+
+
+def assert_same_model(one, other):
+    assert type(one) is type(other)
+    assert one.settings == other.settings
+    assert one.description == other.description
+    assert one.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_the_table_holds_every_kind():
+    assert KINDS.keys() == OF_EACH_KIND.keys()
+    assert set(OBJECTIVES) < set(KINDS)
+    assert all(name == kind.name == kind.model.kind for name, kind in KINDS.items())
+
+
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+def test_a_file_says_its_kind_and_nothing_else_is_asked(name, tmp_path, monkeypatch):
+    model, file = OF_EACH_KIND[name](), tmp_path / "w.safetensors"
+    weights.save_model(file, model)
+    facts = weights.read(file)[1]
+    assert (facts["kind"], set(facts)) == (name, {"kind", "encoder", "head"})
+    assert "image_size" in facts["encoder"]
+    monkeypatch.setattr(weights, "sizes", None)  # no shape is looked at
+    assert kind_of(file) is KINDS[name]
+    assert_same_model(convmae.load(file), model)
+    for load in (convmae.load_classifier, convmae.load_detector, convmae.load_segmenter):
+        load(file)
+
+
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+def test_files_of_earlier_versions_load_as_before(name, tmp_path):
+    """They have all settings in one dictionary and do not say their kind."""
+    model, file = OF_EACH_KIND[name](), tmp_path / "w.safetensors"
+    weights.save(file, model.state_dict(), model.settings)
+    assert "kind" not in weights.read(file)[1]
+    assert kind_of(file) is KINDS[name]
+    assert_same_model(convmae.load(file), model)
+    weights.save_model(tmp_path / "new.safetensors", model)
+    for load in (convmae.load_classifier, convmae.load_detector, convmae.load_segmenter):
+        made = []
+        for path in (file, tmp_path / "new.safetensors"):
+            torch.manual_seed(1)
+            made.append(load(path))
+        assert_same_model(*made)
+    encoders = [convmae.ConvViT.from_pretrained(path) for path in (file, tmp_path / "new.safetensors")]
+    assert_same_model(*encoders)
+    assert encoders[0].config == model.encoder.config
+
+
+def test_a_detector_of_an_earlier_version_has_its_own_size_and_that_of_its_positions(tmp_path):
+    model = OF_EACH_KIND["detector"]()
+    settings = model.settings
+    assert (settings["image_size"], settings["pos_embed_size"]) == ((64, 96), (64, 64))
+    weights.save(tmp_path / "w.safetensors", model.state_dict(), settings)
+    back = convmae.load(tmp_path / "w.safetensors")
+    assert (back.image_size, back.encoder.image_size) == ((64, 96), (64, 64))
+
+
+def test_a_kind_of_a_later_version_is_refused_in_one_line(tmp_path):
+    model = OF_EACH_KIND["classifier"]()
+    weights.save(tmp_path / "w.safetensors", model.state_dict(), {**model.description, "kind": "data2vec"})
+    with pytest.raises(convmae.UserError, match="of the kind 'data2vec', which this version does not know") as error:
+        convmae.load(tmp_path / "w.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_an_encoder_s_file_becomes_a_classifier(tmp_path):
+    encoder = convmae.ConvViT(image_size=64, **SMALL_ENCODER).eval()
+    encoder.save_pretrained(tmp_path)
+    assert kind_of(tmp_path) is KINDS["classifier"]
+    model = convmae.load(tmp_path).eval()
+    assert (type(model), model.num_classes, model.encoder.config) == (convmae.Classifier, 0, encoder.config)
+    images = torch.randn(2, 1, 64, 64)
+    assert torch.equal(model.forward_features(images), encoder(images))
+
+
+@pytest.mark.parametrize("name", ["convmae", "classifier"])  # others have tables of so many heads
+def test_heads_of_a_file_may_be_overruled(name, tmp_path):
+    weights.save_model(tmp_path / "w.safetensors", OF_EACH_KIND[name]())
+    back = convmae.load(tmp_path / "w.safetensors", num_heads=4, decoder_num_heads=4)
+    assert back.settings["num_heads"] == 4
+    assert back.settings.get("decoder_num_heads") == (4 if name == "convmae" else None)
+
+
+@pytest.mark.parametrize("kind", OF_EACH_KIND)
+def test_any_kind_is_created_by_its_name(kind):
+    with torch.device("meta"):
+        model = create(kind, "tiny", in_channels=1)
+    assert model.kind == kind
+    assert model.encoder.config == dataclasses.replace(
+        ENCODERS["tiny"], in_channels=1, image_size=(512, 512) if kind == "segmenter" else (224, 224)
+    )
+    assert all(model.settings[name] == value for name, value in KINDS[kind].tiny.items())

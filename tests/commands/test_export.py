@@ -142,6 +142,32 @@ def test_mistakes_are_one_line_and_leave_nothing(classifier_file, tmp_path, monk
         export(classifier_file, "onnx", out / "m.onnx")
 
 
+OUTPUTS = {"onnx": "m.onnx", "torch-export": "m.pt2", "timm": "folder", "reference": "m.pth"}
+
+
+@pytest.mark.parametrize("format", OUTPUTS)
+@pytest.mark.parametrize("older", [False, True])
+def test_heads_that_a_format_cannot_hold_are_refused(tmp_path, format, older):
+    encoder = {"widths": (16, 24, 32), "depths": (1, 1, 2), "num_heads": 4}
+    detector = convmae.Detector((64, 64), num_classes=2, head_width=8, box_width=8, **encoder)
+    segmenter = convmae.Segmenter((64, 64), num_classes=2, head_width=8, auxiliary_width=8, **encoder)
+    for model, kind, cure in (
+        (detector, "a detector", "convmae detect predict"),
+        (segmenter, "a segmenter", "--format reference writes it whole"),
+    ):
+        file, output = tmp_path / "w.safetensors", tmp_path / kind / OUTPUTS[format]
+        weights.save(file, model.state_dict(), model.settings if older else model.description)
+        if model is segmenter and format == "reference":
+            back = convmae.load(export(file, format, output), num_heads=4)
+            assert torch.equal(back.decode_head.conv_seg.weight, model.decode_head.conv_seg.weight)
+            continue
+        with pytest.raises(convmae.UserError, match=f"holds {kind}, which {format} cannot hold: .*{cure}") as error:
+            export(file, format, output)
+        assert "\n" not in str(error.value)
+        assert not output.is_file()
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
 @pytest.mark.parametrize(("format", "name"), [("reference", "m.pth"), ("timm", "folder")])
 def test_nothing_is_overwritten_unasked(classifier_file, tmp_path, format, name):
     output = export(classifier_file, format, tmp_path / name)

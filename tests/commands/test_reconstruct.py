@@ -5,6 +5,7 @@ from PIL import Image
 
 import convmae
 from convmae import weights
+from convmae.cli import main
 from convmae.commands.reconstruct import _fit, reconstruct
 
 
@@ -33,6 +34,24 @@ def test_a_folder_with_images_of_any_size(checkpoint, photos, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "3 reconstructions" in captured.out
     assert "broken.jpg cannot be decoded" in captured.err
+
+
+def test_the_weights_have_two_names_of_which_one_is_given(checkpoint, photos, tmp_path):
+    drawn = []
+    for given in ({"weights": checkpoint}, {"checkpoint": checkpoint}):
+        drawn.append(reconstruct(images=str(photos), output=tmp_path / "r.png", **given).read_bytes())
+    assert drawn[0] == drawn[1] == reconstruct(checkpoint, str(photos), tmp_path / "r.png").read_bytes()
+    for flag in ("--weights", "--checkpoint"):
+        output = tmp_path / f"{flag}.png"
+        main(["reconstruct", flag, str(checkpoint), "--images", str(photos), "--output", str(output)])
+        assert output.read_bytes() == drawn[0]
+    for given, message in (
+        ({}, "no weights are given: pass --weights"),
+        ({"weights": checkpoint, "checkpoint": checkpoint}, "weights and checkpoint mean the same: pass --weights"),
+    ):
+        with pytest.raises(convmae.UserError, match=message) as error:
+            reconstruct(images=str(photos), output=tmp_path / "r.png", **given)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("options", [{"image_size": 96}, {"mask_ratio": 0.3}, {"longest_side": 32}, {"count": 1}])

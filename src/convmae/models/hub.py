@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Self
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from torch import nn
@@ -13,9 +13,6 @@ from convmae.errors import UserError
 from convmae.models.config import EncoderConfig
 from convmae.models.fitting import fit_encoder
 from convmae.models.sizes import encoder_in_file
-
-if TYPE_CHECKING:
-    from convmae.models.encoder import ConvViT
 
 _CARD = """---
 {{ card_data }}
@@ -67,6 +64,7 @@ class HubEncoder(
     config: EncoderConfig
     feature_info: list[dict[str, Any]]
     description: Any
+    pos_embed: nn.Parameter
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -79,7 +77,7 @@ class HubEncoder(
         local_files_only: bool = False,
         revision: str | None = None,
         **settings: Any,
-    ) -> "ConvViT":
+    ) -> Self:
         """The encoder of a repository `user/name`, or of any folder or weights file that `convmae.load` takes.
 
         settings: arguments of ConvViT, such as drop_path or image_size; by default the file's. The encoder is in
@@ -109,7 +107,8 @@ class HubEncoder(
                     f"({type(error).__name__}): check the name, the network and your login"
                 ) from error
         state, facts = weights.read(source)
-        encoder = cast("type[ConvViT]", cls)(encoder_in_file(state, facts, settings.get("num_heads")), **settings)
+        encoder = cls(encoder_in_file(state, facts, settings.get("num_heads")), **settings)
+        assert isinstance(encoder, nn.Module)
         encoder.load_state_dict(fit_encoder(state, encoder.state_dict()))
         encoder.pos_embed.requires_grad_(True)
         return encoder.eval()
