@@ -22,34 +22,29 @@ def photograph(seed, mode="RGB"):
     return Image.fromarray(pixels).resize((90 + seed, 70), Image.Resampling.BICUBIC).convert(mode)
 
 
-def encoded(image, image_format="JPEG", **options):
-    file = io.BytesIO()
-    image.save(file, image_format, **options)
-    return file.getvalue()
-
-
 def rotated():
     exif = Image.Exif()
     exif[0x0112] = 6
     return exif
 
 
-def broken():
+@pytest.fixture
+def broken(encoded):
     """A JPEG that ends as it should and has an impossible marker in its midst."""
-    data = bytearray(encoded(photograph(9), quality=95))
+    data = bytearray(encoded(photograph(9), "JPEG", quality=95).getvalue())
     data[len(data) // 2 : len(data) // 2 + 40] = b"\xff" * 40
     return bytes(data)
 
 
 @pytest.fixture
-def source(tmp_path):
+def source(tmp_path, encoded):
     """Nine images of two classes: five plain JPEG files, and four others, one of them progressive."""
-    files = [encoded(photograph(seed)) for seed in range(4)] + [
-        encoded(photograph(4, "L")),
-        encoded(photograph(5), "PNG"),
-        encoded(photograph(6), exif=rotated()),
-        encoded(photograph(7, "CMYK")),
-        encoded(photograph(8), progressive=True),
+    files = [encoded(photograph(seed), "JPEG").getvalue() for seed in range(4)] + [
+        encoded(photograph(4, "L"), "JPEG").getvalue(),
+        encoded(photograph(5), "PNG").getvalue(),
+        encoded(photograph(6), "JPEG", exif=rotated()).getvalue(),
+        encoded(photograph(7, "CMYK"), "JPEG").getvalue(),
+        encoded(photograph(8), "JPEG", progressive=True).getvalue(),
     ]
     for number, data in enumerate(files):
         path = tmp_path / "train" / "ab"[number % 2] / f"{number}.jpg"
@@ -106,11 +101,11 @@ def test_only_plain_files_travel_encoded(source):
 
 @pytest.mark.parametrize("damage", ["broken", "truncated"])
 @pytest.mark.parametrize("aug_repeats", [1, 2])
-def test_damaged_files_are_replaced_and_reported_as_without(tmp_path, damage, aug_repeats):
+def test_damaged_files_are_replaced_and_reported_as_without(tmp_path, damage, aug_repeats, encoded, broken):
     for number in range(6):
-        data = encoded(photograph(number))
+        data = encoded(photograph(number), "JPEG").getvalue()
         (tmp_path / f"{number}.jpg").write_bytes(data)
-    (tmp_path / "3.jpg").write_bytes(broken() if damage == "broken" else encoded(photograph(3))[:-100])
+    (tmp_path / "3.jpg").write_bytes(broken if damage == "broken" else encoded(photograph(3), "JPEG").getvalue()[:-100])
     source = open_files("files", [str(tmp_path / f"{number}.jpg") for number in range(6)])
     failed = []
     for expected, result, _ in both(source, aug_repeats=aug_repeats):
@@ -175,8 +170,8 @@ def test_a_torchvision_without_decoders_is_refused(source, monkeypatch):
         both(source)
 
 
-def test_nothing_but_broken_files_is_an_error(tmp_path):
-    (tmp_path / "0.jpg").write_bytes(broken())
+def test_nothing_but_broken_files_is_an_error(tmp_path, broken):
+    (tmp_path / "0.jpg").write_bytes(broken)
     source = open_files("files", [str(tmp_path / "0.jpg")])
     with pytest.raises(UserError, match="files: 1 images in a row cannot be decoded"):
         both(source)

@@ -1,6 +1,5 @@
 """Batches for training and for judging: order, shares, resuming, damaged pictures, of collections and of streams."""
 
-import io
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -29,30 +28,24 @@ WHOLE = Augmentation((8, 8), 3, replace(NO_AUGMENTATION, crop_scale=(1.0, 1.0), 
 CENTRE = CenterCrop((8, 8))
 
 
-def encoded(image, image_format="PNG"):
-    file = io.BytesIO()
-    image.save(file, image_format)
-    return file.getvalue()
-
-
-def plain(value):
-    """A grey picture that its value tells from others."""
-    return Image.new("RGB", (20, 16), (value, value, value))
-
-
 def photograph(width, height):
     """A smooth coloured picture with no symmetry."""
     pixels = numpy.random.default_rng(width).integers(0, 256, (6, 8, 3), dtype=numpy.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def source_of(folder, pictures):
-    """The pictures (or bytes) in order, number i in the class i // 5."""
-    for number, picture in enumerate(pictures):
-        path = folder / "train" / "abcd"[number // 5] / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture if isinstance(picture, bytes) else encoded(picture))
-    return open_labelled_images(folder, "train")
+@pytest.fixture
+def source_of(tmp_path, encoded):
+    """source_of(pictures): the pictures (or bytes) in order, number i in the class i // 5."""
+
+    def write(pictures):
+        for number, picture in enumerate(pictures):
+            path = tmp_path / "train" / "abcd"[number // 5] / f"{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture if isinstance(picture, bytes) else encoded(picture).getvalue())
+        return open_labelled_images(tmp_path, "train")
+
+    return write
 
 
 def training_loader(source, transform=WHOLE, batch_size=4, seed=0, aug_repeats=1, **options):
@@ -93,14 +86,14 @@ def names(failed):
 
 
 @pytest.fixture
-def photographs(tmp_path):
-    return source_of(tmp_path, [photograph(24 + number, 20) for number in range(8)])
+def photographs(tmp_path, source_of):
+    return source_of([photograph(24 + number, 20) for number in range(8)])
 
 
 @pytest.fixture
-def numbered(tmp_path):
+def numbered(tmp_path, plain, source_of):
     """Fourteen plain pictures, number i of the value 10 i in the class i // 5."""
-    return source_of(tmp_path, [plain(10 * number) for number in range(14)])
+    return source_of([plain(10 * number) for number in range(14)])
 
 
 # Training
@@ -258,20 +251,20 @@ def test_evaluation_from_any_image_on_and_over_ranks(numbered):
 
 
 @pytest.fixture
-def partly_damaged(tmp_path):
+def partly_damaged(tmp_path, encoded, plain, source_of):
     """Twelve plain pictures, the numbers 3, 4 and 11 damaged: 4 is truncated."""
     pictures = [plain(10 * number) for number in range(12)]
     pictures[3] = pictures[11] = b"damaged"
-    pictures[4] = encoded(photograph(200, 200))[:5000]
-    return source_of(tmp_path, pictures)
+    pictures[4] = encoded(photograph(200, 200)).getvalue()[:5000]
+    return source_of(pictures)
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
 @pytest.mark.parametrize("transform", [CROP, WHOLE, CENTRE])
-def test_truncated_files_count_as_damaged(image_format, transform, tmp_path):
-    data = encoded(photograph(600, 600), image_format)
+def test_truncated_files_count_as_damaged(image_format, transform, tmp_path, encoded, plain):
+    data = encoded(photograph(600, 600), image_format).getvalue()
     (tmp_path / "0.png").write_bytes(data[: len(data) // 2])
-    (tmp_path / "1.png").write_bytes(encoded(plain(50)))
+    (tmp_path / "1.png").write_bytes(encoded(plain(50)).getvalue())
     source = open_images(tmp_path)
     if transform is CENTRE:
         sample = EvaluationImages(source, transform, skip_damaged=True)[0]
@@ -333,7 +326,7 @@ def test_nothing_but_damaged_files_is_an_error_of_one_line(tmp_path, number, in_
     assert "\n" not in message
 
 
-def test_all_labelled_images_in_a_row_may_be_damaged_but_one(tmp_path):
+def test_all_labelled_images_in_a_row_may_be_damaged_but_one(tmp_path, plain):
     for index in range(60):
         (tmp_path / "train" / "a").mkdir(parents=True, exist_ok=True)
         (tmp_path / "train" / "a" / f"{index}.png").write_bytes(b"damaged")
@@ -357,7 +350,7 @@ def test_only_the_files_are_blamed_for_damage(photographs):
 
 
 @pytest.fixture
-def columns(tmp_path, monkeypatch):
+def columns(tmp_path, monkeypatch, encoded, plain):
     """Write four Parquet shards of five pictures each, number i of the value 10 i in the class i % 3; the folder."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -370,7 +363,7 @@ def columns(tmp_path, monkeypatch):
         for shard in range(4):
             images, kinds = [], []
             for number in range(5 * shard, 5 * shard + 5):
-                file = b"damaged %d" % number if number in damaged else encoded(picture(number))
+                file = b"damaged %d" % number if number in damaged else encoded(picture(number)).getvalue()
                 image = {"bytes": file, "path": f"{number:02d}.png" if named else None}
                 images.append(None if number in missing else image)
                 kinds.append((labels or {}).get(number, number % 3))
@@ -527,10 +520,10 @@ def test_a_stream_that_breaks_ends_with_one_line(columns, num_workers):
     assert "\n" not in str(error.value)
 
 
-def test_a_process_without_a_shard_says_so(tmp_path):
+def test_a_process_without_a_shard_says_so(tmp_path, encoded, plain):
     webdataset = pytest.importorskip("webdataset")
     with webdataset.TarWriter(str(tmp_path / "shard-0000.tar")) as shard:
-        shard.write({"__key__": "0", "png": encoded(plain(1))})
+        shard.write({"__key__": "0", "png": encoded(plain(1)).getvalue()})
     source = open_images(f"wds/{tmp_path}/shard-{{0000..0000}}.tar")
     with pytest.raises(UserError, match="use fewer processes or more shards"):
         list(training_loader(source, batch_size=1, num_replicas=2, rank=1))

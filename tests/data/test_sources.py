@@ -15,24 +15,13 @@ from convmae.data.sources import open_images
 from convmae.errors import UserError
 
 
-def encoded(image, image_format="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, image_format, **options)
-    return file.getvalue()
-
-
-def plain(value):
-    """A grey RGB image that its value tells from others."""
-    return Image.new("RGB", (20, 16), (value, value, value))
-
-
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, encoded, plain):
     """Twelve images whose pixels all hold ten times the image's number, in nested folders."""
     for number in range(12):
         place = tmp_path / "pictures" / ("a", "b/c")[number % 2]
         place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number:02d}.png").write_bytes(encoded(plain(10 * number)))
+        (place / f"{number:02d}.png").write_bytes(encoded(plain(10 * number)).getvalue())
     return tmp_path / "pictures"
 
 
@@ -96,13 +85,13 @@ def test_a_missing_package_names_its_extra(data, monkeypatch):
 
 
 @pytest.fixture
-def shards(tmp_path):
+def shards(tmp_path, encoded, plain):
     """Four unlabelled shards of five images, the image number 7 damaged."""
     pytest.importorskip("webdataset")
     for shard in range(4):
         with tarfile.open(tmp_path / f"shard-{shard:04d}.tar", "w") as archive:
             for number in range(shard * 5, shard * 5 + 5):
-                data = b"damaged" if number == 7 else encoded(plain(10 * number))
+                data = b"damaged" if number == 7 else encoded(plain(10 * number)).getvalue()
                 member = tarfile.TarInfo(f"{number:02d}.png")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
