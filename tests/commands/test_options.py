@@ -129,7 +129,7 @@ def test_a_batch_of_nothing_is_refused():
 
 
 def test_settings_of_a_run_are_flat_and_plain():
-    options = SupervisedRunOptions(Path("runs/x"), 3, 8, convmae.training.optimizer.LayerDecayOptions())
+    options = SupervisedRunOptions(Path("runs/x"), 3, 8)
     settings = flat_settings({"data": Path("photos"), "options": options, "drop_path": 0.1})
     assert (settings["data"], settings["output"], settings["epochs"], settings["drop_path"]) == (
         "photos",
