@@ -1,1 +1,1 @@
-"""The networks: encoder, autoencoder, classifier, and the table of their sizes."""
+"""The networks: what describes an encoder, the encoder, what stands on it, and how weights are made to fit."""
