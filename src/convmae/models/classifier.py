@@ -60,7 +60,7 @@ class Classifier(nn.Module):
         self.crop_pct = crop_pct
         self.in_chans = config.in_channels  # timm's name
         self.num_features = self.head_hidden_size = config.widths[2]
-        self.encoder = ConvViT(config, drop_path=drop_path)
+        self.encoder = ConvViT(encoder=config, drop_path=drop_path)
         self.global_pool = global_pool
         self.fc_norm: nn.Module = nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)

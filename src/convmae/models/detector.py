@@ -227,7 +227,9 @@ class Detector(nn.Module):
         if encoder is None or isinstance(encoder, EncoderConfig):
             config = changed(encoder, pos_embed_size, changes)
             attention = _attention(chosen, config.depths[2], window, global_blocks, self.image_size)
-            self.encoder = ConvViT(config, drop_path=drop_path, attention=attention, conv_norm_eps=chosen.conv_norm_eps)
+            self.encoder = ConvViT(
+                encoder=config, drop_path=drop_path, attention=attention, conv_norm_eps=chosen.conv_norm_eps
+            )
             self.encoder.initialise_for_supervision()
             of_the_encoder = {"window": attention.window, "global_blocks": attention.global_blocks}
         else:

@@ -122,7 +122,10 @@ class Stages(NamedTuple):
 class ConvViT(nn.Module, HubEncoder):
     """The hybrid encoder: convolution stages 1 and 2, transformer stage 3 (section 3.1; defaults are the paper's base).
 
-    config: what it is made of. changes: fields of it that are to be others, such as `in_channels=1`.
+    image_size: pixels, one number or (height, width), multiples of 16, that the table of positions is for; by default
+        the configuration's. Inputs of other sizes work: positions are resized.
+    encoder: what it is made of, by default the paper's base; changes: fields of it that are to be others, such as
+        `in_channels=1`.
     drop_path: rate of the last block; it grows linearly from 0 at the first.
     attention: how the transformer attends in a downstream form, for the dense way only; None: all tokens to all.
     conv_norm_eps: epsilon of the convolution blocks' LayerNorms, which one published form has smaller.
@@ -132,15 +135,16 @@ class ConvViT(nn.Module, HubEncoder):
 
     def __init__(
         self,
-        config: EncoderConfig = EncoderConfig(),
+        image_size: int | Sequence[int] | None = None,
         *,
+        encoder: EncoderConfig | None = None,
         drop_path: float = 0.0,
         attention: AttentionOnMaps | None = None,
         conv_norm_eps: float = 1e-5,
         **changes: Any,
     ) -> None:
         super().__init__()
-        self.config = config = replace(config, **changes)
+        self.config = config = changed(encoder, image_size, changes)
         widths, depths = config.widths, config.depths
         rates = [drop_path * block / max(sum(depths) - 1, 1) for block in range(sum(depths))]
         rates1, rates2, rates3 = rates[: depths[0]], rates[depths[0] : -depths[2]], rates[-depths[2] :]

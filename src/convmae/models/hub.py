@@ -107,7 +107,7 @@ class HubEncoder(
                     f"({type(error).__name__}): check the name, the network and your login"
                 ) from error
         state, facts = weights.read(source)
-        encoder = cls(encoder_in_file(state, facts, settings.get("num_heads")), **settings)
+        encoder = cls(encoder=encoder_in_file(state, facts, settings.get("num_heads")), **settings)
         assert isinstance(encoder, nn.Module)
         encoder.load_state_dict(fit_encoder(state, encoder.state_dict()))
         encoder.pos_embed.requires_grad_(True)

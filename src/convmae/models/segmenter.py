@@ -152,7 +152,7 @@ class Segmenter(nn.Module):
             config = changed(encoder, self.image_size, changes)
             everywhere = tuple(range(config.depths[2]))
             attention = AttentionOnMaps("own", 0, everywhere, config.grid, layer_scale=1.0, norm_eps=1e-5)
-            self.encoder = ConvViT(config, drop_path=drop_path, attention=attention)
+            self.encoder = ConvViT(encoder=config, drop_path=drop_path, attention=attention)
             self.encoder.initialise_for_supervision()
         else:
             refuse_settings(changes, drop_path=drop_path)

@@ -105,7 +105,7 @@ class ConvMAE(Objective):
         self.norm_pix = norm_pix
         self.dense = dense or mask_stage == 1 or not masked_convolution
 
-        self.encoder = ConvViT(config)
+        self.encoder = ConvViT(encoder=config)
         width1, width2, width3 = config.widths
         # Strided convolutions as matrix products, like Downsample: weights (C3, 4*4*C1) and (C3, 2*2*C2).
         self.project1 = Linear(CELLS**2 * width1, width3) if multi_scale else None
