@@ -6,7 +6,6 @@ serves both; only the depthwise convolution looks at neighbours and is told whic
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
