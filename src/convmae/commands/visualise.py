@@ -1,7 +1,6 @@
 """`convmae visualise`: what an encoder makes of images: its last map as colours, and where a token looks."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -68,7 +67,7 @@ def visualise(
         )
     pictures = open_pictures(images, reading.split)
     model = load_trained(weights, image_size, crop_pct, reading.engine)
-    attention: Any = model.network.encoder.stage3[-1].attn
+    attention = model.network.encoder.last_attention
     if head is not None and not 0 <= head < attention.num_heads:
         raise UserError(f"there is no head {head}: the last block has heads 0 to {attention.num_heads - 1}")
 

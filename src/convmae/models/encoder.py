@@ -18,7 +18,7 @@ from torch.nn.functional import gelu
 from torch.utils.checkpoint import checkpoint
 
 from convmae.errors import UserError
-from convmae.models.attention import AttentionOnMaps, MapAttention, MapBlock, TransformerBlock
+from convmae.models.attention import Attention, AttentionOnMaps, MapAttention, MapBlock, TransformerBlock
 from convmae.models.config import EncoderConfig, changed, grid_of
 from convmae.models.hub import HubEncoder
 from convmae.models.layers import Linear, Mlp, initialise_linear
@@ -193,6 +193,11 @@ class ConvViT(nn.Module, HubEncoder):
     def in_channels(self) -> int:
         """Channels of the images."""
         return self.config.in_channels
+
+    @property
+    def last_attention(self) -> Attention:
+        """The attention of the last transformer block, for whoever wants to see where tokens look."""
+        return self.stage3[-1].attn  # type: ignore[return-value, union-attr]
 
     def convolve(self, x: Tensor, where1: Where = None, where2: Where = None) -> Stages:
         """The part before the transformer: pixels, dense (B, H, W, C) or packed (B, K, 16, 16, C), to three maps.
