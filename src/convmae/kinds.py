@@ -18,7 +18,15 @@ from convmae.models.config import EncoderConfig
 from convmae.models.detector import Detector, fit_detector
 from convmae.models.fitting import fit
 from convmae.models.segmenter import Segmenter, fit_segmenter
-from convmae.models.sizes import TINY_DETECTOR, TINY_SEGMENTER, decoder_heads, encoder_in_file, is_tiny, named
+from convmae.models.sizes import (
+    TINY_DETECTOR,
+    TINY_SEGMENTER,
+    decoder_heads,
+    encoder_in_file,
+    is_tiny,
+    named,
+    other_backbone,
+)
 from convmae.objectives import OBJECTIVES
 from convmae.objectives.masked import ConvMAE
 
@@ -167,10 +175,22 @@ def create_segmenter(model: str = "base", **settings: Any) -> Segmenter:
 
 
 def create(kind: str, model: str = "base", **settings: Any) -> Any:
-    """A model of any kind in a named size; `settings` of its class override it."""
+    """A model of any kind in a named size, or on one of BACKBONES; `settings` of its class override it."""
+    if (backbone := other_backbone(model, **_of_the_encoder(settings))) is not None:
+        return KINDS[kind].model(encoder=backbone, **_of_the_head(settings))
     encoder = named(model)
     head = KINDS[kind].tiny if is_tiny(encoder) else {}
     return KINDS[kind].model(**{"encoder": encoder, **head, **settings})
+
+
+def _of_the_encoder(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a model's settings another encoder than ConvViT is told."""
+    return {name: settings[name] for name in ("in_channels", "drop_path") if name in settings}
+
+
+def _of_the_head(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The rest."""
+    return {name: value for name, value in settings.items() if name not in _of_the_encoder(settings)}
 
 
 def kind_of(path_or_state_dict: Source) -> Kind:
@@ -203,7 +223,13 @@ def _load(
     decoder_num_heads: int | None = None,
 ) -> Any:
     """A model of a kind, filled with the weights of that kind or, where it can begin so, on another kind's encoder."""
-    encoder = settings.get("encoder") or encoder_in_file(state, facts, num_heads)
+    encoder = settings.get("encoder")
+    if encoder is None and "name" in facts.get("encoder", {}):
+        known = dict(facts["encoder"])
+        encoder = other_backbone(known.pop("name"), **{**known, **_of_the_encoder(settings)})
+        settings = _of_the_head(settings)
+    if encoder is None:
+        encoder = encoder_in_file(state, facts, num_heads)
     if _kind_in_file(state, facts) is not kind:
         tiny = isinstance(encoder, EncoderConfig) and is_tiny(encoder)
         head = {**kind.of_another, **(kind.tiny if tiny else {})}

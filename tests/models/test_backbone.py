@@ -11,6 +11,7 @@ from torchvision.ops import roi_align
 
 import convmae
 from convmae import weights
+from convmae.models import sizes
 from convmae.models.backbone import prefixed_matcher
 from convmae.models.encoder import Normalize
 
@@ -133,7 +134,7 @@ def test_a_file_brings_its_heads_back_on_the_same_encoder(tmp_path):
         settings = DETECTOR if model is convmae.Detector else SEGMENTER
         built = model(encoder=ResNet(), **settings)
         weights.save_model(tmp_path / "w.safetensors", built)
-        with pytest.raises(convmae.UserError, match="on an encoder that is no ConvViT"):
+        with pytest.raises(convmae.UserError, match="on the encoder of somebody else, which is none of ours"):
             convmae.load(tmp_path / "w.safetensors")
         back = load(tmp_path / "w.safetensors", encoder=ResNet())
         assert back.settings == built.settings
@@ -160,3 +161,37 @@ def test_a_prefix_changes_nothing_but_the_names(pattern, names):
             assert (found.groups() if found else None) == groups
             assert re.match(prefixed, name) is None
     assert prefixed_matcher({"part": [(pattern, (2,))]})["part"][0][1] == (2,)
+
+
+def test_a_backbone_in_the_table_is_known_by_its_name_and_in_files(tmp_path, monkeypatch, caplog):
+    told = []
+
+    def resnet(name, **settings):
+        told.append((name, settings))
+        encoder = ResNet(tuple(settings.get("indices", (1, 2, 3, 4))))
+        encoder.description = {"encoder": {"name": f"resnet/{name}", "indices": [1, 2, 3, 4]}}
+        return encoder
+
+    monkeypatch.setitem(sizes.BACKBONES, "resnet", resnet)
+    detector = convmae.create_detector("resnet/18", drop_path=0.1, in_channels=3, **DETECTOR)
+    assert told == [("18", {"drop_path": 0.1, "in_channels": 3})]
+    path = tmp_path / "model.safetensors"
+    weights.save_model(path, detector)
+    back = convmae.load(path)
+    assert told[1] == ("18", {"indices": [1, 2, 3, 4]})
+    assert back.settings == detector.settings
+    for name, value in detector.state_dict().items():
+        assert torch.equal(value, back.state_dict()[name])
+    more = convmae.load_detector(path, num_classes=5, drop_path=0.2)
+    assert told[2] == ("18", {"indices": [1, 2, 3, 4], "drop_path": 0.2})
+    assert more.num_classes == 5
+    assert "the model keeps its own, untrained" in caplog.text
+
+    monkeypatch.delitem(sizes.BACKBONES, "resnet")
+    with pytest.raises(
+        convmae.UserError, match="on the encoder resnet/18, which is none of ours: build it"
+    ):
+        convmae.load(path)
+    with pytest.raises(convmae.UserError, match="unknown model 'resnet/18'"):
+        convmae.create_detector("resnet/18")
+    assert isinstance(convmae.load(path, encoder=ResNet()), convmae.Detector)

@@ -1,10 +1,10 @@
-"""The named sizes, and the sizes of the encoder that a weights file holds.
+"""The names of encoders: sizes of ConvViT, other backbones, and the encoder that a weights file holds.
 
 Base is the paper's (table 7 of its appendix); the others are ours, in line with public third-party configurations.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convmae import weights
 from convmae.errors import UserError
+from convmae.models.backbone import Backbone
 from convmae.models.config import EncoderConfig
 
 _log = logging.getLogger(__name__)
@@ -23,6 +24,11 @@ ENCODERS = {
     "large": EncoderConfig(widths=(384, 768, 1024), depths=(2, 2, 20), num_heads=16),
     "huge": EncoderConfig(widths=(768, 1024, 1280), depths=(2, 2, 31), num_heads=16),
 }
+
+BACKBONES: dict[str, Callable[..., Backbone]] = {}
+"""Encoders that are no ConvViT, by the word before the slash of their names: `FAMILY/NAME` is what BACKBONES[FAMILY]
+makes of NAME and, where given, of `in_channels`, `drop_path` and whatever else its own description says. That is
+{"encoder": {"name": "FAMILY/NAME", ...}}."""
 
 # What stands on the tiny encoder. On the others it has the paper's sizes, which are its own defaults.
 TINY_DECODER = {"decoder_width": 128, "decoder_depth": 2, "decoder_num_heads": 4}
@@ -48,6 +54,12 @@ def named(model: str) -> EncoderConfig:
     return ENCODERS[name]
 
 
+def other_backbone(name: str, **settings: Any) -> Backbone | None:
+    """The encoder called FAMILY/NAME, None where no family of BACKBONES is called so. settings: what it is told."""
+    family, _, name = name.partition("/")
+    return BACKBONES[family](name, **settings) if family in BACKBONES else None
+
+
 def is_tiny(config: EncoderConfig) -> bool:
     """Whether an encoder is as wide as the tiny one, whatever it is for."""
     return config.widths == ENCODERS["tiny"].widths
@@ -71,7 +83,10 @@ def encoder_in_file(
     if "kind" in facts:
         known = dict(facts["encoder"])
         if not known.keys() <= set(names):
-            raise UserError("these weights are on an encoder that is no ConvViT: build it and pass it as encoder=")
+            raise UserError(
+                f"these weights are on the encoder {known.get('name', 'of somebody else')}, which is none of ours: "
+                "build it and pass it as encoder="
+            )
     else:
         known = {**weights.sizes(state), **facts}
         known["image_size"] = known.get("pos_embed_size", known["image_size"])  # a detector's, whose size is another
