@@ -2,6 +2,7 @@
 # make demo-detect  the same for a detector, on generated scenes
 # make demo-segment  the same for a segmenter
 # make test  installs and runs linters and tests
+# make test-lowest  the same with the lowest versions of all dependencies that pyproject.toml admits
 # make bench times a training step against the published formulation
 
 PYTHON ?= python3
@@ -10,7 +11,10 @@ BIN := .venv/bin
 NOW := $(shell date +%Y%m%d-%H%M%S)
 DEMO = runs/$@-$(NOW)
 
-.PHONY: demo demo-detect demo-segment test bench clean
+# Extras that the tests need.
+EXTRAS := demo,shards,hub,tfds,parquet,export,detection,test,lint
+
+.PHONY: demo demo-detect demo-segment test test-lowest bench clean
 
 demo: .venv/installed
 	$(BIN)/convmae pretrain --config demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -33,7 +37,10 @@ demo-segment: .venv/installed
 	$(BIN)/convmae segment predict --images $(DEMO)/scenes/images/validation --weights $(DEMO)/segmenter --draw 10 \
 		--output $(DEMO)/predictions
 
+test-lowest: BIN := .venv-lowest/bin
+test-lowest: .venv-lowest/installed-for-tests
 test: .venv/installed-for-tests
+test test-lowest:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -52,8 +59,14 @@ bench: .venv/installed
 	touch $@
 
 .venv/installed-for-tests: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[demo,shards,hub,tfds,parquet,export,detection,test,lint]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@ .venv/installed
 
+.venv-lowest/installed-for-tests: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,6 @@
 import copy
 import math
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -120,9 +121,11 @@ def test_uper_net_is_the_one_of_transformers(sizes):
 
 @pytest.mark.parametrize("size", [(7, 5), (1, 1), (8, 8)])
 def test_the_auxiliary_head_is_the_one_of_transformers(size):
-    config = UperNetConfig(auxiliary_channels=8, num_labels=3)
+    config = UperNetConfig(auxiliary_in_channels=6, auxiliary_channels=8, num_labels=3)
+    takes_all = "in_channels" in signature(TheirFCNHead).parameters  # transformers 4 had it in the configuration alone
+    theirs = TheirFCNHead(config, **{"in_channels": (4, 5, 6, 7)} if takes_all else {})
     x = torch.randn(2, 6, *size)
-    assert_same_heads(FCNHead(6, 8, 3), TheirFCNHead(config, (4, 5, 6, 7)), x, [None, None, x, None])
+    assert_same_heads(FCNHead(6, 8, 3), theirs, x, [None, None, x, None])
 
 
 @pytest.mark.parametrize("head", [FCNHead, UperNetHead])
