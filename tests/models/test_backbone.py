@@ -188,9 +188,7 @@ def test_a_backbone_in_the_table_is_known_by_its_name_and_in_files(tmp_path, mon
     assert "the model keeps its own, untrained" in caplog.text
 
     monkeypatch.delitem(sizes.BACKBONES, "resnet")
-    with pytest.raises(
-        convmae.UserError, match="on the encoder resnet/18, which is none of ours: build it"
-    ):
+    with pytest.raises(convmae.UserError, match="on the encoder resnet/18, which is none of ours: build it"):
         convmae.load(path)
     with pytest.raises(convmae.UserError, match="unknown model 'resnet/18'"):
         convmae.create_detector("resnet/18")
