@@ -91,7 +91,7 @@ Record = dict[str, Any]
 
 def runs(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and call of each run, in the order in which they build on each other."""
-    pictures = _write_pictures(folder / "pictures")
+    pictures = _write_images(folder / "pictures")
     coco, ade20k = folder / "coco", folder / "ade20k"
     for place, layout in ((coco, "coco"), (ade20k, "ade20k")):
         convmae.scenes(output=place, layout=layout, train=12, val=4, image_size=(64, 96))
@@ -184,7 +184,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_pictures(folder: Path) -> Path:
+def _write_images(folder: Path) -> Path:
     """Class folders of smooth noise around a colour each, with splits train and val."""
     numbers = numpy.random.default_rng(0)
     for split, count in PICTURES.items():

@@ -58,7 +58,7 @@ def embed(
     if output.exists() and not overwrite:
         raise UserError(f"{output} exists: replace it with --overwrite, or choose another --output")
     pictures = open_pictures(data, reading.split)
-    names = [pictures.picture_name(index) for index in range(len(pictures))]
+    names = [pictures.image_name(index) for index in range(len(pictures))]
     check_names(output, names)
     model = load_trained(weights, crop.image_size, crop.crop_pct, reading.engine)
     size = "x".join(map(str, model.image_size))

@@ -159,7 +159,7 @@ def open_pictures(images: str | Path, split: str = "train") -> ImageCollection:
         raise UserError(f"{images} is a stream, whose images come in no order: give a folder of images or hfds/NAME")
     if not path.is_dir():
         return source
-    names = [str(path / source.picture_name(index)) for index in range(len(source))]
+    names = [str(path / source.image_name(index)) for index in range(len(source))]
     for name in names:
         try:
             name.encode()

@@ -89,10 +89,10 @@ def neighbours(
     cosines, places = nearest(query_features, features, k + 1)  # one more, since the query may be among them
     found, rows = [], []
     for query_number, *alike in zip(asked, cosines.tolist(), places.tolist(), strict=True):
-        name = queries.picture_name(query_number)
+        name = queries.image_name(query_number)
         others = [(numbers[place], cosine) for cosine, place in zip(*alike, strict=True)]
-        others = [pair for pair in others if not _same_file(pictures.picture_name(pair[0]), name)][:k]
-        paths = tuple(pictures.picture_name(number) for number, _ in others)
+        others = [pair for pair in others if not _same_file(pictures.image_name(pair[0]), name)][:k]
+        paths = tuple(pictures.image_name(number) for number, _ in others)
         found.append(Neighbours(name, paths, tuple(cosine for _, cosine in others)))
         drawn = [(_thumbnail(pictures, number), f"{cosine:.3f}") for number, cosine in others]
         rows.append([(_thumbnail(queries, query_number), Path(name).name), *drawn])
@@ -149,7 +149,7 @@ def _same_file(one: str, other: str) -> bool:
 
 def _thumbnail(pictures: ImageCollection, number: int) -> Tensor:
     """The centre of an image, made small: colours in [0, 1], (3, H, W)."""
-    name = pictures.picture_name(number)
+    name = pictures.image_name(number)
     try:
         with undecodable_if_damaged(), pictures.open(number) as file:
             image = open_upright(file)

@@ -68,7 +68,7 @@ def predict(
             batch["indices"].tolist(), *map(torch.Tensor.tolist, found), strict=True
         ):
             names = tuple(classes[number] for number in numbers)
-            predictions.append(Prediction(pictures.picture_name(index), names, tuple(probabilities)))
+            predictions.append(Prediction(pictures.image_name(index), names, tuple(probabilities)))
     report_damaged(batches.damaged)
     if not predictions:
         raise UserError(f"none of the images of {images} can be decoded: check the files")

@@ -97,7 +97,7 @@ def _choose(images: str, count: int) -> list[tuple[str, Callable[[int], Tensor]]
     source = open_images(images)
     if not isinstance(source, ImageCollection):
         raise UserError(f"{images} is a stream of shards: pass an image, a folder of images, or demo")
-    different = list({source.picture_name(index): index for index in range(len(source))}.items())  # the demo repeats
+    different = list({source.image_name(index): index for index in range(len(source))}.items())  # the demo repeats
     count = min(count, len(different))
     chosen = [different[number * len(different) // count] for number in range(count)]
     return [(name, partial(_decode, source, index)) for name, index in chosen]

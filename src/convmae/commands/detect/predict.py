@@ -88,7 +88,7 @@ def predict(
                 batch["images"].to(model.fabric.device, non_blocking=True), batch["sizes"], batch["original_sizes"]
             )
         for index, detection in zip(batch["indices"].tolist(), found, strict=True):
-            name = pictures.picture_name(index)
+            name = pictures.image_name(index)
             results += [
                 {**result, "file_name": name} for result in coco_results(image_ids[index], detection, category_ids)
             ]
@@ -126,7 +126,7 @@ def _image_ids(pictures: ImageCollection, annotations: Path | None) -> list[int]
     by_name: dict[str, list[int]] = {}
     for image_id, file in told.items():
         by_name.setdefault(file.name, []).append(image_id)
-    paths = [Path(pictures.picture_name(index)) for index in range(len(pictures))]
+    paths = [Path(pictures.image_name(index)) for index in range(len(pictures))]
     unknown = [path.name for path in paths if path.name not in by_name]
     if unknown:
         raise UserError(f"{annotations} lacks {len(unknown)} of the {len(paths)} images, the first is {unknown[0]}")

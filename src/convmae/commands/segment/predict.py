@@ -85,7 +85,7 @@ def predict(
             _write(path, found + first_label)
             label_maps.append(path)
             classes, counts = found.unique(return_counts=True)
-            shares[pictures.picture_name(index)] = Counter(
+            shares[pictures.image_name(index)] = Counter(
                 {
                     network.classes[label]: count / found.numel()
                     for label, count in zip(classes, counts.tolist(), strict=True)
@@ -115,7 +115,7 @@ def _file_names(images: str, pictures: ImageCollection) -> list[Path]:
     folder = Path(images)
     names: dict[Path, str] = {}
     for index in range(len(pictures)):
-        picture = pictures.picture_name(index)
+        picture = pictures.image_name(index)
         path = Path(picture)
         name = (path.relative_to(folder) if folder in path.parents else Path(path.name)).with_suffix(".png")
         if name in names:
