@@ -1,4 +1,4 @@
-"""`convmae reconstruct`: see what a pretrained model makes of masked pictures."""
+"""`convmae reconstruct`: see what a pretrained model makes of masked images."""
 
 from collections.abc import Callable
 from functools import partial

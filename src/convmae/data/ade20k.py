@@ -229,8 +229,8 @@ def open_segmentation(
         )
     if unseen and not skip_damaged:
         raise UserError(
-            f"{len(unseen)} of the {len(label_maps)} label maps in {annotations} have no image in {images}, the first is "
-            f"{unseen[0]}: check the folders, or leave them out with --skip-damaged"
+            f"{len(unseen)} of the {len(label_maps)} label maps in {annotations} have no image in {images}, the "
+            f"first is {unseen[0]}: check the folders, or leave them out with --skip-damaged"
         )
     return SegmentationImages(
         str(images),

@@ -95,10 +95,10 @@ def collate_encoded(samples: list[Sample]) -> dict[str, Any]:
 
 
 class DeviceDecoder:
-    """Turns batches of collate_encoded into images on the device, the same as without decoding there but for labels."""
+    """Turns batches of collate_encoded into crops on the device, decoding there what came encoded; drops labels."""
 
     def __init__(self, images: TrainingImages, crop: RandomCrop, device: torch.device) -> None:
-        """images: the loader's data set; crop: the one inside its DeferredCrop. Raises UserError where nothing decodes."""
+        """images: the loader's data set; crop: the one in its DeferredCrop. Raises UserError where nothing decodes."""
         self._crop, self._device = crop, device
         # Takes over where the device cannot decode.
         self._images = TrainingImages(images.source, crop, images.seed, images.skip_damaged, images.aug_repeats)

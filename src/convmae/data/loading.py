@@ -309,8 +309,7 @@ def build_training_loader(
         # An epoch is rounded up to whole batches in every worker.
         whole_batches = source.reader.num_samples // (loading.batch_size * loading.num_replicas)
         num_workers = _share_stream(source, loading, min(num_workers, max(1, whole_batches)), seed)
-        dataset = StreamedTrainingImages(
-            source, transform, distinct_images, seed, loading.skip_damaged, aug_repeats)
+        dataset = StreamedTrainingImages(source, transform, distinct_images, seed, loading.skip_damaged, aug_repeats)
     else:
         dataset = TrainingImages(source, transform, seed, loading.skip_damaged, aug_repeats)
         sampler = ResumableSampler(
@@ -340,8 +339,8 @@ def build_evaluation_loader(
 ) -> ImageLoader:
     """A loader of batches in order, as `collate` makes them, from image number `first` on.
 
-    Each image is seen in one process only. Damaged images are left out, so batches may be smaller, or empty. Those of a stream begin at its start, have no
-    "indices" and, with workers, no settled order.
+    Each image is seen in one process only. Damaged images are left out, so batches may be smaller, or empty. Batches of
+    a stream begin at its start, have no "indices" and, with workers, no settled order.
     """
     dataset: EvaluationImages | StreamedEvaluationImages
     sampler, num_workers = None, loading.num_workers
@@ -372,8 +371,6 @@ def _share_stream(source: ImageStream, loading: Loading, num_workers: int, seed:
     return num_workers
 
 
-def _collate_views(
-    collate_fn: Callable[[list[Sample]], dict[str, Any]], views: list[list[Sample]]
-) -> dict[str, Any]:
+def _collate_views(collate_fn: Callable[[list[Sample]], dict[str, Any]], views: list[list[Sample]]) -> dict[str, Any]:
     """The views of each image -> a batch of all."""
     return collate_fn([sample for samples in views for sample in samples])

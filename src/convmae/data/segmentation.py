@@ -113,7 +113,7 @@ class ResizeShorterSide:
     """A whole image, labelled or not, resized once or at several scales; its labels stay as they are."""
 
     def __init__(self, shorter_side: int, in_channels: int = 3, scales: Sequence[float] = (1.0,)) -> None:
-        """shorter_side: in pixels; the longer one is at most four times as long. scales: its factors, one for each view."""
+        """shorter_side: pixels, and the longer side at most four times as many; scales: factors of it, one a view."""
         pillow_mode(in_channels)
         if shorter_side < 1 or not scales or not all(0 < scale < math.inf for scale in scales):
             raise UserError(

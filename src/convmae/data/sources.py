@@ -87,7 +87,7 @@ class ImageStream:
             raise UserError(f"{self.name} cannot be read any further: {_reason(error)}") from error
 
     def repeated(self) -> Iterator[StreamedImage]:
-        """Yields images without end, epoch after epoch; raises UserError where the stream breaks or has nothing to read."""
+        """Yields images without end, epoch after epoch; raises UserError where the stream breaks or is empty."""
         while True:
             empty = True
             for image in self:

@@ -61,7 +61,7 @@ class SegmentationQuality:
 
 
 class SegmentationMetrics:
-    """torchmetrics' confusion matrix, which adds up over pictures and processes."""
+    """torchmetrics' confusion matrix, which adds up over images and processes."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         # The checks would take as long as the counting, and more: they sort all pixels.

@@ -32,8 +32,8 @@ AVERAGE_FILE = "average.safetensors"
 """The moving average of the weights, beside a checkpoint's model."""
 
 
-class Supervision(NamedTuple):
-    """What a training step works on: the loss."""
+class StepLoss(NamedTuple):
+    """What a module of a run returns that has nothing but a loss: a scalar with its gradient."""
 
     loss: Tensor
 
