@@ -34,18 +34,18 @@ class Kind:
     """One kind of model."""
 
     name: str
-    """As files record it."""
+    """Under "kind" in a weights file's description."""
     called: str
-    """In a sentence, with its article."""
+    """Its name in a sentence, with the article."""
     model: Callable[..., Any]
     """Its class, which takes `image_size`, `encoder` and the settings of its head."""
     fit: Callable[[weights.StateDict, Any], weights.StateDict]
-    """Tensors under our names, of it or of any model with an encoder where it can begin with one, to those of the
-    model that is given."""
+    """(tensors under our names, model of this kind) -> tensors with the names and shapes of the model's: of a file of
+    this kind, and but for autoencoders of any file with an encoder, with which it begins then."""
     tiny: Mapping[str, Any] = field(default_factory=dict)
     """Settings of its head on the tiny encoder."""
     tensor: str = ""
-    """By which a published file, or one of an earlier version, is known."""
+    """Name of a tensor by which a published file, or one of an earlier version, is known."""
     of_another: Mapping[str, Any] = field(default_factory=dict)
     """Settings of its head on the encoder of another kind's weights."""
     exports: tuple[str, ...] = ()
@@ -182,7 +182,7 @@ def kind_of(path_or_state_dict: WeightsSource) -> Kind:
 
 
 def _read(source: WeightsSource) -> tuple[weights.StateDict, dict[str, Any]]:
-    """Tensors under our names, and what the source says of its model."""
+    """The source's tensors under our names, and what it says of its model."""
     return weights.unwrap(source) if isinstance(source, Mapping) else weights.read(source)
 
 

@@ -22,6 +22,9 @@ from torch.nn.functional import interpolate, max_pool2d
 
 from convmae.labels import IGNORED
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
+"""What the name of a picture's file may end in."""
+
 _GREY = 0.5  # colour of masked places
 _ACCURACY = {"top1": "top-1", "top5": "top-5"}  # figures of a classifier's evaluations, and their labels
 _DOTS = 120  # an inch
@@ -177,7 +180,8 @@ class DrawnPicture(NamedTuple):
     image: Tensor
     """Colours in [0, 1], (C, H, W)."""
     objects: Mapping[str, Tensor]
-    """"boxes" (N, 4), left, top, right, bottom in pixels, "labels" (N,) from 1, "masks" (N, H, W), perhaps "scores"."""
+    """N objects: "boxes" (N, 4), left, top, right and bottom in pixels, "labels" (N,) from 1, "masks" (N, H, W), and
+    perhaps "scores" (N,)."""
     title: str
 
 

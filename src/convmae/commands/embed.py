@@ -30,7 +30,7 @@ class Embedding:
 
     output: Path
     shape: tuple[int, ...]
-    """Of the features: images first."""
+    """Of the features, images first: (N, C), or (N, h, w, C) for maps."""
     damaged: list[str]
     """Name and reason of each image that was left out."""
 

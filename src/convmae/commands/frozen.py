@@ -29,8 +29,6 @@ from convmae.models.detector import Detector, checked_size
 from convmae.models.segmenter import Segmenter
 from convmae.training.engine import DeviceOptions, loader_workers, start_engine
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
-
 
 @dataclass(frozen=True)
 class FrozenModel:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from convmae.commands.frozen import (
-    PICTURE_SUFFIXES,
     FrozenClassifier,
     OrderedBatches,
     checked_output,
@@ -28,7 +27,7 @@ from convmae.evaluation.feature_files import SUFFIXES, Features, read_features
 from convmae.evaluation.features import extract_features
 from convmae.evaluation.neighbours import nearest
 from convmae.training.engine import DeviceOptions
-from convmae.visualize import neighbours_picture
+from convmae.visualize import PICTURE_SUFFIXES, neighbours_picture
 
 _MOST_QUERIES = 8
 _MOST_NEIGHBOURS = 32

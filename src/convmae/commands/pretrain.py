@@ -32,6 +32,7 @@ class PretrainingResult:
     checkpoint: Path
     """Folder with the model's file; pass it to convmae.load or any --weights."""
     picture: Path
+    """File with reconstructions of some images by the last weights."""
     loss_curve: Path
     loss: float
     """Mean over the last log line's steps."""

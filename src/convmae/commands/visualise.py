@@ -9,7 +9,6 @@ from rich.progress import track
 from torch import Tensor
 
 from convmae.commands.frozen import (
-    PICTURE_SUFFIXES,
     FrozenClassifier,
     checked_output,
     load_frozen_classifier,
@@ -22,7 +21,7 @@ from convmae.errors import UserError
 from convmae.evaluation.components import principal_components
 from convmae.models.attention import Attention
 from convmae.models.config import grid_of
-from convmae.visualize import encoder_picture
+from convmae.visualize import PICTURE_SUFFIXES, encoder_picture
 
 _MOST_IMAGES = 64
 

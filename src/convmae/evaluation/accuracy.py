@@ -27,7 +27,7 @@ class Accuracy:
 
     @property
     def score(self) -> float:
-        """What makes one model better than another."""
+        """The figure in [0, 1] by which the best model is kept: top1."""
         return self.top1
 
     @property

@@ -49,8 +49,8 @@ def coco_results(image_id: int, detections: Mapping[str, Tensor], category_ids: 
     """The detections of an image as COCO's results, which JSON can hold.
 
     detections: "boxes" (N, 4), left, top, right and bottom in pixels of the image, "labels" (N,) from 1, "scores"
-    (N,) and "masks", bool or uint8 (N, H, W). category_ids: of label L the one at L - 1. Raises UserError without
-    faster-coco-eval.
+    (N,) and "masks", bool or uint8 (N, H, W). category_ids: COCO's ids, that of label L at L - 1. Raises
+    UserError without faster-coco-eval.
     """
     _require_library()
     from faster_coco_eval.core import mask

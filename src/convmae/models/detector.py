@@ -295,7 +295,7 @@ class Detector(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The same as one dictionary: arguments that make the same detector."""
+        """What a weights file records as one dictionary: arguments that make the same model."""
         known = weights.flat(self.description)
         if isinstance(self.encoder, ConvViT):
             known["pos_embed_size"] = self.encoder.image_size
@@ -317,7 +317,7 @@ class Detector(nn.Module):
         """The losses in training mode, what torchvision's heads detect in evaluation mode.
 
         images: (B, C, H, W), uint8 or normalised float, H and W multiples of 32. targets: of each image, in training.
-        sizes: height and width of the part of each image that is no padding, at its top left; by default the whole image.
+        sizes: height and width of each image without its padding, which is right and below; by default all is image.
 
         Returns DetectionLosses, or for each image boxes (N, 4), labels (N,), scores (N,) and masks (N, 1, 28, 28),
         which are probabilities inside their boxes. All boxes are in pixels of `images`.
@@ -385,7 +385,7 @@ class Detector(nn.Module):
 
 
 def fit_detector(state: weights.StateDict, model: Detector) -> weights.StateDict:
-    """Make the weights of any model with an encoder fit a detector; see `fit_downstream`."""
+    """Make the weights of any model with an encoder fit a detector, which keeps its own where they lack a part."""
     last_layers = (boxes := "roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
     return fit_downstream(state, model.state_dict(), last_layers, f"{boxes}cls_score.bias", background=1)
 

@@ -191,7 +191,7 @@ class Segmenter(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The same as one dictionary: arguments that make the same segmenter."""
+        """What a weights file records as one dictionary: arguments that make the same model."""
         return weights.flat(self.description)
 
     @property
@@ -330,7 +330,7 @@ class Segmenter(nn.Module):
 
 
 def fit_segmenter(state: weights.StateDict, model: Segmenter) -> weights.StateDict:
-    """Make the weights of any model with an encoder fit a segmenter; see `fit_downstream`."""
+    """Make the weights of any model with an encoder fit a segmenter, which keeps its own where they lack a part."""
     last_layers = ("decode_head.conv_seg.", "auxiliary_head.conv_seg.")
     return fit_downstream(state, model.state_dict(), last_layers, "decode_head.conv_seg.bias")
 

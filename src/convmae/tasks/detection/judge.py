@@ -33,7 +33,7 @@ class DetectionQuality:
 
     @property
     def score(self) -> float:
-        """What makes one model better than another: the AP of boxes."""
+        """The figure in [0, 1] by which the best model is kept: the AP of boxes, 0 where there is none."""
         return 0.0 if math.isnan(self.boxes.AP) else self.boxes.AP
 
     @property
