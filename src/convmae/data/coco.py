@@ -111,7 +111,7 @@ class CocoImages(ImageCollection):
         return self.open(index), self.annotation(index)
 
     def ground_truth(self) -> dict[str, Any]:
-        """What detections are judged by, as an annotation file has it: all objects, also crowds and those of no size."""
+        """What detections are judged by, as annotation files have it: all objects, also crowds and those of no size."""
         objects = self._objects
         owners = numpy.repeat(numpy.arange(len(self)), numpy.diff(objects.first)).tolist()
         found = []
