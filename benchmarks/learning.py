@@ -41,7 +41,7 @@ from convmae.training.optimizer import LayerDecayOptions, OptimizerOptions
 SHOTS = 10  # labelled images a class of the small training set
 TRAINING_DIGITS = 1200
 TRAINING_SHARE = 2 / 3  # of a folder's images
-WHOLE = 1.0  # crop_pct: these pictures have no margin to leave out
+WHOLE = 1.0  # crop_pct: these images have no margin to leave out
 ENGINE = EngineOptions(workers=1)
 # Nothing that turns one digit into another: no flips, no mixing, no erasing.
 CROPS = AugmentationOptions(

@@ -4,7 +4,7 @@
     python benchmarks/same_losses.py --output after.json
     python benchmarks/same_losses.py --compare before.json after.json
 
-All runs are tiny, in float32, on one thread of the CPU, from fixed seeds and on pictures that the script makes, so that
+All runs are tiny, in float32, on one thread of the CPU, from fixed seeds and on images that the script makes, so that
 two runs of the same code on the same machine give the same digits. It takes some minutes.
 """
 
@@ -41,7 +41,7 @@ from convmae.training.optimizer import (
 )
 
 CLASSES = ("blue", "green", "red")
-PICTURES = {"train": 8, "val": 4}  # of each class
+IMAGES = {"train": 8, "val": 4}  # of each class
 FIGURES = ("loss", "grad_norm", "lr")
 """What is written down of each step."""
 
@@ -91,11 +91,11 @@ Record = dict[str, Any]
 
 def runs(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and call of each run, in the order in which they build on each other."""
-    pictures = _write_pictures(folder / "pictures")
+    images = _write_images(folder / "images")
     coco, ade20k = folder / "coco", folder / "ade20k"
     for place, layout in ((coco, "coco"), (ade20k, "ade20k")):
         convmae.scenes(output=place, layout=layout, train=12, val=4, image_size=(64, 96))
-    data = str(pictures / "train")
+    data = str(images / "train")
     pretrained = folder / "runs" / "pretrain"
 
     def run(command: Callable[..., Any], settings: Record, name: str, **others: Any) -> tuple[str, Callable[[], Any]]:
@@ -112,15 +112,15 @@ def runs(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     )  # fmt: skip
     yield run(pretrain, _PRETRAINING, "pretrain again", data=data, weights=pretrained, in_channels=3, mask_ratio=0.5)
     plain = AugmentationOptions(None, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
-    yield run(finetune, _FINETUNING, "finetune", data=str(pictures), augmentation=plain, drop_path=0.0)
-    yield run(finetune, _FINETUNING, "finetune average, mixup", data=str(pictures), ema_decay=0.9, aug_repeats=2)
+    yield run(finetune, _FINETUNING, "finetune", data=str(images), augmentation=plain, drop_path=0.0)
+    yield run(finetune, _FINETUNING, "finetune average, mixup", data=str(images), ema_decay=0.9, aug_repeats=2)
     yield run(
-        finetune, {**_FINETUNING, "image_size": 48}, "finetune pretrained", data=str(pictures), weights=pretrained,
+        finetune, {**_FINETUNING, "image_size": 48}, "finetune pretrained", data=str(images), weights=pretrained,
         accumulate=2, optimizer=LayerDecayOptions(base_lr=0.02, warmup_epochs=1, clip_grad=1.0),
     )  # fmt: skip
-    yield run(probe, _COMMON, "probe fast", data=str(pictures), weights=pretrained, batch_size=8)
+    yield run(probe, _COMMON, "probe fast", data=str(images), weights=pretrained, batch_size=8)
     yield run(
-        probe, _COMMON, "probe published", data=str(pictures), weights=pretrained, form="published", batch_size=8,
+        probe, _COMMON, "probe published", data=str(images), weights=pretrained, form="published", batch_size=8,
         epochs=7, optimizer=LarsOptions(base_lr=3.0),
     )  # fmt: skip
     detect = convmae.detect.train
@@ -184,17 +184,17 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_pictures(folder: Path) -> Path:
+def _write_images(folder: Path) -> Path:
     """Class folders of smooth noise around a colour each, with splits train and val."""
     numbers = numpy.random.default_rng(0)
-    for split, count in PICTURES.items():
+    for split, count in IMAGES.items():
         for label, name in enumerate(CLASSES):
             (folder / split / name).mkdir(parents=True)
             for index in range(count):
                 coarse = numbers.integers(0, 160, (5, 4, 3), dtype=numpy.uint8)
                 coarse[..., 2 - label] += 90
-                picture = Image.fromarray(coarse).resize((80 + 3 * index, 72), Image.Resampling.BICUBIC)
-                picture.save(folder / split / name / f"{index}.png")
+                image = Image.fromarray(coarse).resize((80 + 3 * index, 72), Image.Resampling.BICUBIC)
+                image.save(folder / split / name / f"{index}.png")
     return folder
 
 

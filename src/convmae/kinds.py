@@ -33,7 +33,7 @@ from convmae.objectives.masked import ConvMAE
 _ADE20K_CLASSES = 150  # besides label 0, which is none of them
 _EXPORTS = ("onnx", "torch-export", "timm", "reference")
 
-Source = str | Path | Mapping[str, Any]
+WeightsSource = str | Path | Mapping[str, Any]
 """Whatever `convmae.weights.read` takes, or what torch.load gave."""
 
 
@@ -42,18 +42,18 @@ class Kind:
     """One kind of model."""
 
     name: str
-    """As files record it."""
+    """Under "kind" in a weights file's description."""
     called: str
-    """In a sentence, with its article."""
+    """Its name in a sentence, with the article."""
     model: Callable[..., Any]
     """Its class, which takes `image_size`, `encoder` and the settings of its head."""
     fit: Callable[[weights.StateDict, Any], weights.StateDict]
-    """Tensors under our names, of it or of any model with an encoder where it can begin with one, to those of the
-    model that is given."""
+    """(tensors under our names, model of this kind) -> tensors with the names and shapes of the model's: of a file of
+    this kind, and but for autoencoders of any file with an encoder, with which it begins then."""
     tiny: Mapping[str, Any] = field(default_factory=dict)
     """Settings of its head on the tiny encoder."""
     tensor: str = ""
-    """By which a published file, or one of an earlier version, is known."""
+    """Name of a tensor by which a published file, or one of an earlier version, is known."""
     of_another: Mapping[str, Any] = field(default_factory=dict)
     """Settings of its head on the encoder of another kind's weights."""
     exports: tuple[str, ...] = ()
@@ -101,7 +101,10 @@ KINDS = {kind.name: kind for kind in (*_OBJECTIVES, _DETECTOR, _SEGMENTER, _CLAS
 
 
 def load(
-    path_or_state_dict: Source, num_heads: int | None = None, decoder_num_heads: int | None = None, **settings: Any
+    path_or_state_dict: WeightsSource,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    **settings: Any,
 ) -> ConvMAE | Classifier | Detector | Segmenter:
     """Build and fill the model that a weights file holds: an autoencoder, a detector, a segmenter, else a classifier.
 
@@ -117,7 +120,7 @@ def load(
     return _load(_kind_in_file(state, facts), state, facts, num_heads, settings, decoder_num_heads)
 
 
-def load_classifier(path_or_state_dict: Source, num_heads: int | None = None, **settings: Any) -> Classifier:
+def load_classifier(path_or_state_dict: WeightsSource, num_heads: int | None = None, **settings: Any) -> Classifier:
     """Build a classifier on the encoder of any weights file: of any model, or of an encoder alone.
 
     path_or_state_dict, num_heads: see `load`. settings: any other argument of Classifier, such as num_classes,
@@ -129,7 +132,7 @@ def load_classifier(path_or_state_dict: Source, num_heads: int | None = None, **
     return _load(_CLASSIFIER, *_read(path_or_state_dict), num_heads, settings)
 
 
-def load_detector(path_or_state_dict: Source, num_heads: int | None = None, **settings: Any) -> Detector:
+def load_detector(path_or_state_dict: WeightsSource, num_heads: int | None = None, **settings: Any) -> Detector:
     """Build a detector on the encoder of any weights file, such as that of pretraining, or the detector that it holds.
 
     path_or_state_dict, num_heads: see `load`. settings: any other argument of Detector, such as form, num_classes or
@@ -141,7 +144,7 @@ def load_detector(path_or_state_dict: Source, num_heads: int | None = None, **se
     return _load(_DETECTOR, *_read(path_or_state_dict), num_heads, settings)
 
 
-def load_segmenter(path_or_state_dict: Source, num_heads: int | None = None, **settings: Any) -> Segmenter:
+def load_segmenter(path_or_state_dict: WeightsSource, num_heads: int | None = None, **settings: Any) -> Segmenter:
     """Build a segmenter on the encoder of any weights file, such as that of pretraining, or the one that it holds.
 
     path_or_state_dict, num_heads: see `load`; published segmenters, under mmsegmentation's names, too. settings: any
@@ -193,13 +196,13 @@ def _of_the_head(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in _of_the_encoder(settings)}
 
 
-def kind_of(path_or_state_dict: Source) -> Kind:
+def kind_of(path_or_state_dict: WeightsSource) -> Kind:
     """What kind of model a weights file holds; of an encoder alone the classifier, which `load` makes of it."""
     return _kind_in_file(*_read(path_or_state_dict))
 
 
-def _read(source: Source) -> tuple[weights.StateDict, dict[str, Any]]:
-    """Tensors under our names, and what the source says of its model."""
+def _read(source: WeightsSource) -> tuple[weights.StateDict, dict[str, Any]]:
+    """The source's tensors under our names, and what it says of its model."""
     return weights.unwrap(source) if isinstance(source, Mapping) else weights.read(source)
 
 

@@ -1,6 +1,6 @@
 """Pictures: reconstructions, the curves of a run, confusion matrices, features, neighbours, detections, segmentations.
 
-C channels, H height, W width; h and w those of maps that cover a picture.
+C channels, H height, W width; h and w those of maps that cover an image.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,13 +22,16 @@ from torch.nn.functional import interpolate, max_pool2d
 
 from convmae.labels import IGNORED
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
+"""What the name of a picture's file may end in."""
+
 _GREY = 0.5  # colour of masked places
 _ACCURACY = {"top1": "top-1", "top5": "top-5"}  # figures of a classifier's evaluations, and their labels
 _DOTS = 120  # an inch
 _DRAWN_SIDES = (6.0, 3.6)  # inches of pictures with detections or classes, longer side: of a single one, of several
 _MOST_NAMES = 20  # of classes in a legend
 _LONGEST_NAME = 40  # letters of them
-_TRANSLUCENT = 0.6  # weight of a class's colour over a picture
+_TRANSLUCENT = 0.6  # weight of a class's colour over an image
 _ROBUST = (0.01, 0.99)  # quantiles that become the darkest and brightest, so that outliers do not
 
 
@@ -172,17 +175,18 @@ def encoder_picture(
 
 
 class DrawnPicture(NamedTuple):
-    """A picture with objects on it."""
+    """An image that is drawn with objects on it."""
 
     image: Tensor
     """Colours in [0, 1], (C, H, W)."""
     objects: Mapping[str, Tensor]
-    """"boxes" (N, 4), left, top, right, bottom in pixels, "labels" (N,) from 1, "masks" (N, H, W), perhaps "scores"."""
+    """N objects: "boxes" (N, 4), left, top, right and bottom in pixels, "labels" (N,) from 1, "masks" (N, H, W), and
+    perhaps "scores" (N,)."""
     title: str
 
 
 def detection_picture(path: str | Path, rows: Sequence[Sequence[DrawnPicture]], classes: Sequence[str]) -> None:
-    """Save rows of pictures with the boxes, masks, names and scores of their objects; a colour stands for a class."""
+    """Save rows of images with the boxes, masks, names and scores of their objects; a colour stands for a class."""
     figure, cells = _figure_of_pictures(rows)
     for cell, one in zip(cells, chain.from_iterable(rows), strict=True):
         height, width = one.image.shape[1:]
@@ -214,7 +218,7 @@ def _draw_objects(cell: Axes, objects: Mapping[str, Tensor], classes: Sequence[s
 
 
 class SegmentedPicture(NamedTuple):
-    """A picture whose pixels belong to classes."""
+    """An image that is drawn with its pixels' classes over it."""
 
     image: Tensor
     """Colours in [0, 1], (C, H, W)."""
@@ -224,9 +228,9 @@ class SegmentedPicture(NamedTuple):
 
 
 def segmentation_picture(path: str | Path, rows: Sequence[Sequence[SegmentedPicture]], classes: Sequence[str]) -> None:
-    """Save rows of pictures with their classes as colours over them, and below the names of the 20 most frequent.
+    """Save rows of images with their classes as colours over them, and below the names of the 20 most frequent.
 
-    The picture keeps its own colours where there is no class.
+    An image keeps its own colours where there is no class.
     """
     figure, cells = _figure_of_pictures(rows)
     counts = np.zeros(IGNORED + 1, dtype=np.int64)
@@ -277,9 +281,9 @@ def _oklab(colours: np.ndarray) -> np.ndarray:
 
 
 def _segmented(one: SegmentedPicture, dots: float) -> np.ndarray:
-    """A picture with its classes over it, float (h, w, 3), the longer of these `dots`; regions have a solid rim.
+    """An image with its classes over it, float (h, w, 3), the longer of these `dots`; regions have a solid rim.
 
-    Under them the picture is grey, for its own colours would make those of the classes others.
+    Under them the image is grey, for its own colours would make those of the classes others.
     """
     size = [max(round(side * dots / max(one.image.shape[1:])), 1) for side in one.image.shape[1:]]
     image = _as_colours(interpolate(one.image[None].float().cpu(), size, mode="bilinear", antialias=True)[0])

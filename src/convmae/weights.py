@@ -169,7 +169,7 @@ def read(path: str | Path) -> tuple[StateDict, dict[str, Any]]:
 
 
 def unwrap(content: Any, origin: str = "the state dict") -> tuple[StateDict, dict[str, Any]]:
-    """Take the state dict out of any usual wrapping and give it our names; see `read`."""
+    """Take the state dict out of any usual wrapping and give it our names, and tell what comes with it; see `read`."""
     facts: dict[str, Any] = {}
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
         arguments, meta = content.get("args"), content.get("meta")
@@ -203,7 +203,8 @@ def locate(path: Path) -> Path:
     for file in (path / MODEL_FILE, path / "best" / MODEL_FILE):
         if file.is_file():
             return file
-    newest = sorted(path.glob(f"checkpoints/step-*/{MODEL_FILE}"))
+    # A process that was killed while writing leaves a folder whose name goes on after the step.
+    newest = sorted(file for file in path.glob(f"checkpoints/step-*/{MODEL_FILE}") if file.parent.name[5:].isdecimal())
     if not newest:
         raise UserError(f"no {MODEL_FILE} in {path} or its checkpoints: pass a weights file or a run folder")
     return newest[-1]
@@ -290,7 +291,7 @@ def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, Any]]:
 
 
 def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The settings of a model that its tensors' shapes tell; heads are not among them."""
+    """The settings of a model that its tensors' shapes tell; numbers of attention heads are not among them."""
 
     def depth(part: str) -> int:
         return 1 + max(int(m[1]) for name in state if (m := re.match(rf"{re.escape(part)}\.(\d+)\.", name)))

@@ -31,7 +31,7 @@ class Spread:
 
     @classmethod
     def of_ratios(cls, numerators: list[float], denominators: list[float]) -> Self:
-        """Those of the ratios round by round."""
+        """Median, lowest and highest of the ratios of each round's two figures."""
         return cls.of([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 

@@ -8,7 +8,13 @@ from typing import Literal
 
 from rich.console import Console
 
-from convmae.commands.inference import OrderedBatches, checked_output, load_trained, open_pictures, report_damaged
+from convmae.commands.frozen import (
+    OrderedBatches,
+    checked_output,
+    load_frozen_classifier,
+    open_ordered_images,
+    report_damaged,
+)
 from convmae.commands.options import BatchOptions, CropOptions, spread
 from convmae.errors import UserError, check_choice
 from convmae.evaluation.feature_files import SUFFIXES, FeatureParts, check_names
@@ -24,7 +30,7 @@ class Embedding:
 
     output: Path
     shape: tuple[int, ...]
-    """Of the features: images first."""
+    """Of the features, images first: (N, C), or (N, h, w, C) for maps."""
     damaged: list[str]
     """Name and reason of each image that was left out."""
 
@@ -57,10 +63,10 @@ def embed(
     output = checked_output(output, SUFFIXES)
     if output.exists() and not overwrite:
         raise UserError(f"{output} exists: replace it with --overwrite, or choose another --output")
-    pictures = open_pictures(data, reading.split)
-    names = [pictures.picture_name(index) for index in range(len(pictures))]
+    source = open_ordered_images(data, reading.split)
+    names = [source.image_name(index) for index in range(len(source))]
     check_names(output, names)
-    model = load_trained(weights, crop.image_size, crop.crop_pct, reading.engine)
+    model = load_frozen_classifier(weights, crop.image_size, crop.crop_pct, reading.engine)
     size = "x".join(map(str, model.image_size))
     digest = model.digest()
     run = {
@@ -77,7 +83,7 @@ def embed(
     console = Console(stderr=True, highlight=False)
     if parts.position:
         console.print(f"going on at image {parts.position} of {len(names)}", soft_wrap=True)
-    batches = OrderedBatches(model, model.center_crop, pictures, reading, "embedding", parts.position)
+    batches = OrderedBatches(model, model.center_crop, source, reading, "embedding", parts.position)
     try:
         for features, batch in extract_features(model.fabric, model.network, batches, _STAGES[stage]):
             parts.add(features, batch["indices"], batch["position"], batch["failed"])

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from convmae import weights as weights_files
-from convmae.commands.inference import checked_output
+from convmae.commands.frozen import checked_output
 from convmae.errors import UserError, check_choice
 from convmae.kinds import kind_of, load, load_classifier
 from convmae.models.classifier import Classifier

@@ -18,7 +18,7 @@ from convmae.evaluation.accuracy import Accuracy
 from convmae.kinds import create_classifier, load_classifier
 from convmae.models.classifier import Classifier
 from convmae.tasks.classification.job import FinetuningJob
-from convmae.tasks.processes import loading
+from convmae.tasks.processes import process_loading
 from convmae.training.checkpoint import CheckpointOptions
 from convmae.training.logging import read_metrics
 from convmae.training.optimizer import LayerDecayOptions
@@ -114,7 +114,7 @@ def finetune(
         network,
         training,
         validation,
-        loading(fabric, options.engine, images_of_a_pass, skip_damaged),
+        process_loading(fabric, options.engine, images_of_a_pass, skip_damaged),
         origin=origin_of(weights, model),
         data=data,
         folder=options.output,

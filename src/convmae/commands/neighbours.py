@@ -11,13 +11,12 @@ from rich.text import Text
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from convmae.commands.inference import (
-    PICTURE_SUFFIXES,
+from convmae.commands.frozen import (
+    FrozenClassifier,
     OrderedBatches,
-    TrainedModel,
     checked_output,
-    load_trained,
-    open_pictures,
+    load_frozen_classifier,
+    open_ordered_images,
     report_damaged,
 )
 from convmae.commands.options import BatchOptions, CropOptions, spread
@@ -28,7 +27,7 @@ from convmae.evaluation.feature_files import SUFFIXES, Features, read_features
 from convmae.evaluation.features import extract_features
 from convmae.evaluation.neighbours import nearest
 from convmae.training.engine import DeviceOptions
-from convmae.visualize import neighbours_picture
+from convmae.visualize import PICTURE_SUFFIXES, neighbours_picture
 
 _MOST_QUERIES = 8
 _MOST_NEIGHBOURS = 32
@@ -40,6 +39,7 @@ class Neighbours:
     """The images most similar to one query, the most similar first."""
 
     query: str
+    """Path or name of the query."""
     paths: tuple[str, ...]
     similarities: tuple[float, ...]
     """Cosines between pooled features, in [-1, 1]."""
@@ -70,31 +70,31 @@ def neighbours(
     output = checked_output(output, PICTURE_SUFFIXES)
     if not 1 <= k <= _MOST_NEIGHBOURS:
         raise UserError(f"k is {k}: choose 1 to {_MOST_NEIGHBOURS} neighbours")
-    queries = open_pictures(query)
+    queries = open_ordered_images(query)
     if len(queries) > _MOST_QUERIES:
         raise UserError(f"{query} holds {len(queries)} images: the picture has room for {_MOST_QUERIES} queries")
     known = read_features(Path(data)) if Path(data).is_file() and Path(data).suffix.lower() in SUFFIXES else None
     if known is None:
-        pictures = open_pictures(data, reading.split)
-        model = load_trained(weights, crop.image_size, crop.crop_pct, reading.engine)
+        source = open_ordered_images(data, reading.split)
+        model = load_frozen_classifier(weights, crop.image_size, crop.crop_pct, reading.engine)
     else:
-        pictures = open_files(data, known.paths)
+        source = open_files(data, known.paths)
         model = _matching_model(data, known, weights, crop, reading.engine)
     asked, query_features = _pooled(model, queries, reading, "queries")
     if known is None:
-        numbers, features = _pooled(model, pictures, reading, "embedding")
+        numbers, features = _pooled(model, source, reading, "embedding")
     else:
         numbers, features = list(range(len(known.paths))), known.features
 
     cosines, places = nearest(query_features, features, k + 1)  # one more, since the query may be among them
     found, rows = [], []
     for query_number, *alike in zip(asked, cosines.tolist(), places.tolist(), strict=True):
-        name = queries.picture_name(query_number)
+        name = queries.image_name(query_number)
         others = [(numbers[place], cosine) for cosine, place in zip(*alike, strict=True)]
-        others = [pair for pair in others if not _same_file(pictures.picture_name(pair[0]), name)][:k]
-        paths = tuple(pictures.picture_name(number) for number, _ in others)
+        others = [pair for pair in others if not _same_file(source.image_name(pair[0]), name)][:k]
+        paths = tuple(source.image_name(number) for number, _ in others)
         found.append(Neighbours(name, paths, tuple(cosine for _, cosine in others)))
-        drawn = [(_thumbnail(pictures, number), f"{cosine:.3f}") for number, cosine in others]
+        drawn = [(_thumbnail(source, number), f"{cosine:.3f}") for number, cosine in others]
         rows.append([(_thumbnail(queries, query_number), Path(name).name), *drawn])
     if not any(one.paths for one in found):
         raise UserError(f"{data} holds no image but the query: give more images")
@@ -105,10 +105,10 @@ def neighbours(
 
 
 def _pooled(
-    model: TrainedModel, pictures: ImageCollection, reading: BatchOptions, description: str
+    model: FrozenClassifier, source: ImageCollection, reading: BatchOptions, description: str
 ) -> tuple[list[int], Tensor]:
     """Numbers of the images that can be decoded, N of them, and their pooled features (N, C)."""
-    batches = OrderedBatches(model, model.center_crop, pictures, reading, description)
+    batches = OrderedBatches(model, model.center_crop, source, reading, description)
     numbers: list[int] = []
     features = []
     for some, batch in extract_features(model.fabric, model.network, batches):
@@ -116,7 +116,7 @@ def _pooled(
         features.append(some)
     report_damaged(batches.damaged)
     if not features:
-        raise UserError(f"none of the images of {pictures.name} can be decoded: check the files")
+        raise UserError(f"none of the images of {source.name} can be decoded: check the files")
     return numbers, torch.cat(features)
 
 
@@ -126,7 +126,7 @@ def _matching_model(
     weights: Path,
     crop: CropOptions,
     engine: DeviceOptions,
-) -> TrainedModel:
+) -> FrozenClassifier:
     """The model by which the known features were computed, for images of the same size and crop unless stated."""
     if not {"stage", "image_size", "crop_pct", "weights", "weights_sha256"} <= known.facts.keys():
         raise UserError(f"{data} does not say how it was computed: give a file as convmae embed wrote it")
@@ -135,7 +135,7 @@ def _matching_model(
             f"{data} holds maps of {known.facts['stage']}: give a file that embed wrote with --stage pooled"
         )
     height, width = map(int, known.facts["image_size"].split("x"))
-    model = load_trained(
+    model = load_frozen_classifier(
         weights, crop.image_size or (height, width), crop.crop_pct or float(known.facts["crop_pct"]), engine
     )
     if known.facts["weights_sha256"] != model.digest():
@@ -147,15 +147,15 @@ def _same_file(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
 
 
-def _thumbnail(pictures: ImageCollection, number: int) -> Tensor:
+def _thumbnail(source: ImageCollection, number: int) -> Tensor:
     """The centre of an image, made small: colours in [0, 1], (3, H, W)."""
-    name = pictures.picture_name(number)
+    name = source.image_name(number)
     try:
-        with undecodable_if_damaged(), pictures.open(number) as file:
+        with undecodable_if_damaged(), source.open(number) as file:
             image = open_upright(file)
     except UndecodableImageError as error:
         cure = "give the images themselves as --data, or embed them again where they are now"
-        raise UserError(f"{name} of {pictures.name} cannot be opened for the picture, {cure}: {error}") from error
+        raise UserError(f"{name} of {source.name} cannot be opened for the picture, {cure}: {error}") from error
     return pil_to_tensor(ImageOps.fit(image, (_THUMBNAIL, _THUMBNAIL))) / 255
 
 

@@ -36,7 +36,7 @@ class ImageOptions:
 
 @dataclass(frozen=True)
 class BatchOptions(ImageOptions):
-    """The same for commands that take many images at a time."""
+    """How many images at a time are read for a trained model, how, and where it computes."""
 
     batch_size: int = 64
     """Images at a time."""
@@ -56,7 +56,7 @@ class CropOptions:
 
 
 def spread(*groups: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    """Give a function the fields of these parameters, whose defaults are dataclasses, as parameters of its own."""
+    """Decorate a function: the fields of these parameters, whose defaults are dataclasses, become parameters of it."""
 
     def decorate(function: Callable[..., R]) -> Callable[..., R]:
         signature = inspect.signature(function)
@@ -101,7 +101,7 @@ def _values(group: Any) -> dict[str, Any]:
 
 
 def _flat(default: Any) -> list[inspect.Parameter]:
-    """A parameter for each field; one that is a dataclass itself is of the default's own type."""
+    """A parameter for each field of a group; a field that is a dataclass itself has the type of the default's value."""
     return [
         inspect.Parameter(
             field.name,

@@ -10,7 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from convmae.commands.inference import OrderedBatches, checked_output, load_trained, open_pictures, report_damaged
+from convmae.commands.frozen import (
+    OrderedBatches,
+    checked_output,
+    load_frozen_classifier,
+    open_ordered_images,
+    report_damaged,
+)
 from convmae.commands.options import BatchOptions, CropOptions, spread
 from convmae.errors import UserError
 from convmae.training.checkpoint import replace_file
@@ -52,13 +58,13 @@ def predict(
         raise UserError(f"top is {top}: it must be at least 1")
     if output is not None:
         output = checked_output(output, (".csv",))
-    pictures = open_pictures(images, reading.split)
-    model = load_trained(weights, crop.image_size, crop.crop_pct, reading.engine)
+    source = open_ordered_images(images, reading.split)
+    model = load_frozen_classifier(weights, crop.image_size, crop.crop_pct, reading.engine)
     network = model.network
     if not network.num_classes:
         raise UserError(f"{weights} has no classification head: fine-tune first, with convmae finetune")
     classes = network.classes or [str(number) for number in range(network.num_classes)]
-    batches = OrderedBatches(model, model.center_crop, pictures, reading, "predicting")
+    batches = OrderedBatches(model, model.center_crop, source, reading, "predicting")
     predictions = []
     for batch in batches:
         with model.fabric.autocast():
@@ -68,7 +74,7 @@ def predict(
             batch["indices"].tolist(), *map(torch.Tensor.tolist, found), strict=True
         ):
             names = tuple(classes[number] for number in numbers)
-            predictions.append(Prediction(pictures.picture_name(index), names, tuple(probabilities)))
+            predictions.append(Prediction(source.image_name(index), names, tuple(probabilities)))
     report_damaged(batches.damaged)
     if not predictions:
         raise UserError(f"none of the images of {images} can be decoded: check the files")

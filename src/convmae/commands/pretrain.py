@@ -16,7 +16,7 @@ from convmae.kinds import create_autoencoder
 from convmae.models.config import height_and_width
 from convmae.models.fitting import fit
 from convmae.tasks.pretraining import PretrainingJob
-from convmae.tasks.processes import loading
+from convmae.tasks.processes import process_loading
 from convmae.training.logging import PictureLoggingOptions, read_metrics
 from convmae.training.optimizer import OptimizerOptions
 from convmae.training.options import EncoderRunOptions
@@ -32,6 +32,7 @@ class PretrainingResult:
     checkpoint: Path
     """Folder with the model's file; pass it to convmae.load or any --weights."""
     picture: Path
+    """File with reconstructions of some images by the last weights."""
     loss_curve: Path
     loss: float
     """Mean over the last log line's steps."""
@@ -121,7 +122,7 @@ def pretrain(
         objective,
         source,
         RandomCrop(size, in_channels, crop_scale),
-        loading(fabric, options.engine, images_of_a_pass, skip_damaged=True),
+        process_loading(fabric, options.engine, images_of_a_pass, skip_damaged=True),
         origin=f"convmae {model}",
         folder=options.output,
         seed=options.seed,

@@ -22,14 +22,14 @@ from convmae.data.labelled import open_labelled_images
 from convmae.data.loading import build_evaluation_loader
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError, check_choice, check_positive
-from convmae.evaluation.accuracy import Accuracy, judge
+from convmae.evaluation.accuracy import Accuracy, judge_logits
 from convmae.evaluation.features import extract_features
 from convmae.evaluation.linear import LinearProbe, fit_linear_probe
 from convmae.evaluation.neighbours import classify_by_neighbours
 from convmae.kinds import load_classifier
 from convmae.models.classifier import Classifier
 from convmae.tasks.classification.probe import ProbedEncoder, ProbeJob
-from convmae.tasks.processes import loading
+from convmae.tasks.processes import process_loading
 from convmae.training.checkpoint import CheckpointOptions, replace_file
 from convmae.training.engine import DeviceOptions, start_engine
 from convmae.training.folder import plain_settings
@@ -125,7 +125,7 @@ def probe(
         loader = build_evaluation_loader(
             source,
             CenterCrop(network.image_size, network.in_channels, network.crop_pct),
-            loading(fabric, engine, options.batch_size, skip_damaged),
+            process_loading(fabric, engine, options.batch_size, skip_damaged),
         )
         console = Console(stderr=True)
         quiet = not console.is_terminal
@@ -144,9 +144,9 @@ def probe(
     features, labels = features_of(training)
     queries, truth = features_of(validation)
     fitted = fit_linear_probe(features, labels, len(training.classes), seed=options.seed)
-    linear = judge(fitted.logits(queries), truth, len(training.classes))
+    linear = judge_logits(fitted.logits(queries), truth, len(training.classes))
     votes = classify_by_neighbours(queries, features, labels, len(training.classes), neighbours)
-    voted = judge(votes, truth, len(training.classes))
+    voted = judge_logits(votes, truth, len(training.classes))
     rows = {
         f"logistic regression, regularisation {fitted.strength:g}": linear,
         f"{min(neighbours, len(features))} nearest neighbours": voted,
@@ -178,7 +178,7 @@ def _published(
         network,
         training,
         validation,
-        loading(fabric, options.engine, images_of_a_pass, skip_damaged),
+        process_loading(fabric, options.engine, images_of_a_pass, skip_damaged),
         origin="linear probe",
         data=data,
         folder=options.output,

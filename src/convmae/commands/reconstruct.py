@@ -1,4 +1,4 @@
-"""`convmae reconstruct`: see what a pretrained model makes of masked pictures."""
+"""`convmae reconstruct`: see what a pretrained model makes of masked images."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,13 +12,13 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from convmae.data.images import decode_image
-from convmae.data.sources import ImageCollection, open_images
+from convmae.data.sources import ImageCollection, open_files, open_images
 from convmae.errors import UserError
 from convmae.kinds import load
 from convmae.masking import random_visible
 from convmae.models.config import PATCH, grid_of
 from convmae.objectives.masked import ConvMAE
-from convmae.visualize import reconstruction_picture
+from convmae.visualize import PICTURE_SUFFIXES, reconstruction_picture
 
 
 def reconstruct(
@@ -56,7 +56,7 @@ def reconstruct(
     weights = weights or checkpoint
     assert weights is not None
     output = Path(output)  # Python callers may pass a string
-    if output.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
+    if output.suffix.lower() not in PICTURE_SUFFIXES:
         raise UserError(f"the picture {output} has no known format: choose a name that ends in .png")
     if count < 1 or longest_side < PATCH:
         raise UserError(f"count must be at least 1 and longest_side at least {PATCH}: raise them")
@@ -93,18 +93,19 @@ def reconstruct(
 def _choose(images: str, count: int) -> list[tuple[str, Callable[[int], Tensor]]]:
     """Name and reader (channels -> uint8 (C, H, W)) of at most `count` images, spread evenly."""
     if Path(images).is_file():
-        return [(images, lambda channels: decode_image(Path(images).open("rb"), channels))]
+        return [(images, partial(_decode, open_files(str(images), [str(images)]), 0))]
     source = open_images(images)
     if not isinstance(source, ImageCollection):
         raise UserError(f"{images} is a stream of shards: pass an image, a folder of images, or demo")
-    different = list({source.picture_name(index): index for index in range(len(source))}.items())  # the demo repeats
+    different = list({source.image_name(index): index for index in range(len(source))}.items())  # the demo repeats
     count = min(count, len(different))
     chosen = [different[number * len(different) // count] for number in range(count)]
     return [(name, partial(_decode, source, index)) for name, index in chosen]
 
 
 def _decode(source: ImageCollection, index: int, channels: int) -> Tensor:
-    return decode_image(source.open(index), channels)
+    with source.open(index) as file:
+        return decode_image(file, channels)
 
 
 def _fit(image: Tensor, image_size: int | None, longest_side: int) -> Tensor:

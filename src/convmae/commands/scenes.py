@@ -1,4 +1,4 @@
-"""`convmae scenes`: generated pictures with exact masks, to try detection and segmentation on."""
+"""`convmae scenes`: generated images with exact masks, to try detection and segmentation on."""
 
 from pathlib import Path
 

@@ -7,12 +7,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from convmae.commands.inference import (
-    PICTURE_SUFFIXES,
-    TrainedModel,
+from convmae.commands.frozen import (
+    FrozenClassifier,
     checked_output,
-    load_trained,
-    open_pictures,
+    load_frozen_classifier,
+    open_ordered_images,
     report_damaged,
 )
 from convmae.commands.options import ImageOptions, spread
@@ -21,7 +20,7 @@ from convmae.errors import UserError
 from convmae.evaluation.components import principal_components
 from convmae.models.attention import Attention
 from convmae.models.config import grid_of
-from convmae.visualize import encoder_picture
+from convmae.visualize import PICTURE_SUFFIXES, encoder_picture
 
 _MOST_IMAGES = 64
 
@@ -65,15 +64,15 @@ def visualise(
             f"token {row}, {column} is outside the grid of {height} x {width} tokens: choose 0, 0 to "
             f"{height - 1}, {width - 1}, or a larger image_size"
         )
-    pictures = open_pictures(images, reading.split)
-    model = load_trained(weights, image_size, crop_pct, reading.engine)
+    source = open_ordered_images(images, reading.split)
+    model = load_frozen_classifier(weights, image_size, crop_pct, reading.engine)
     attention = model.network.encoder.last_attention
     if head is not None and not 0 <= head < attention.num_heads:
         raise UserError(f"there is no head {head}: the last block has heads 0 to {attention.num_heads - 1}")
 
-    dataset = EvaluationImages(pictures, model.center_crop, reading.skip_damaged)
-    count = min(count, len(pictures))
-    chosen = [number * len(pictures) // count for number in range(count)]
+    dataset = EvaluationImages(source, model.center_crop, reading.skip_damaged)
+    count = min(count, len(source))
+    chosen = [number * len(source) // count for number in range(count)]
     samples = [dataset[number] for number in chosen]
     report_damaged([failure for sample in samples for failure in sample["failed"]])
     seen = [sample["image"] for sample in samples if "image" in sample]
@@ -93,7 +92,7 @@ def visualise(
 
 
 @torch.inference_mode()
-def _encode(model: TrainedModel, attention: Attention, image: Tensor, token: int) -> tuple[Tensor, Tensor]:
+def _encode(model: FrozenClassifier, attention: Attention, image: Tensor, token: int) -> tuple[Tensor, Tensor]:
     """Last map (H / 16, W / 16, C) of an image, uint8 (C, H, W), and the token's attention weights (h, N)."""
     entered: list[Tensor] = []
     hook = attention.register_forward_pre_hook(lambda module, arguments: entered.append(arguments[0]))

@@ -1,1 +1,1 @@
-"""Where pictures come from: sources, decoding, augmentation and the order in which training sees them."""
+"""Where images come from: sources, decoding, augmentation and the order in which training sees them."""

@@ -1,6 +1,6 @@
-"""Pictures with a class for each pixel, in ADE20K's layout.
+"""Images with a class for each pixel, in ADE20K's layout.
 
-A label map is a PNG of its picture's size and name; it is read and checked with its picture. H height, W width.
+A label map is a PNG file of its image's size and name, read and checked together with it. H height, W width.
 """
 
 import os
@@ -23,7 +23,7 @@ _ADE20K_TABLE = "objectInfo150.txt"  # of its classes, in its folder
 
 
 class LabelMap(NamedTuple):
-    """The file with the class of each pixel of a picture."""
+    """The file with the class of each pixel of an image."""
 
     path: Path
     num_classes: int
@@ -31,12 +31,12 @@ class LabelMap(NamedTuple):
     """Whether 0 in the file is IGNORED and the classes begin at 1."""
 
     def read(self, size: tuple[int, int]) -> Tensor:
-        """uint8 (H, W) of a picture of this size, classes from 0 on or IGNORED; raises UnfitAnnotationError."""
+        """uint8 (H, W) of an image of this size, classes from 0 on or IGNORED; raises UnfitAnnotationError."""
         stored = self._stored()
         if stored.shape != size:
             (height, width), (wanted_height, wanted_width) = stored.shape, size
             turned = ", perhaps before its EXIF data turn it" if stored.shape == size[::-1] else ""
-            raise self._unfit(f"is {width}x{height}, the picture {wanted_width}x{wanted_height}{turned}")
+            raise self._unfit(f"is {width}x{height}, the image {wanted_width}x{wanted_height}{turned}")
         first = int(self.reduce_zero_label)
         largest = int(stored.max(where=stored != IGNORED, initial=0))
         if largest >= first + self.num_classes:
@@ -69,7 +69,7 @@ class LabelMap(NamedTuple):
 
 
 class SegmentationImages(ImageCollection):
-    """Pictures with their label maps."""
+    """Images with their label maps."""
 
     def __init__(
         self,
@@ -80,16 +80,19 @@ class SegmentationImages(ImageCollection):
         reduce_zero_label: bool,
         left_out: Sequence[str],
     ) -> None:
-        """maps: the label map of each path; left_out: what lacks its partner."""
+        """maps: the label map of each path, in the same order.
+
+        left_out: a line for each image without a label map, and for each label map without an image.
+        """
         super().__init__(name, FileReader(paths), list(paths).__getitem__, classes)
         self._maps, self.reduce_zero_label, self.left_out = list(maps), reduce_zero_label, list(left_out)
 
     def annotation(self, index: int) -> LabelMap:
-        """The label map of picture number `index`, not yet read."""
+        """The label map of image number `index`, not yet read."""
         return LabelMap(Path(self._maps[index]), len(self.classes), self.reduce_zero_label)
 
     def open_annotated(self, index: int) -> tuple[BinaryIO, Any]:
-        """The encoded picture number `index` and its LabelMap; the caller closes it."""
+        """The encoded image number `index` and its LabelMap; the caller closes it."""
         return self.open(index), self.annotation(index)
 
 
@@ -100,11 +103,11 @@ def find_ade20k(
     annotations: Path | None = None,
     flags: tuple[str, str] = ("--images", "--annotations"),
 ) -> tuple[Path, Path]:
-    """The folder of pictures and the folder of label maps of one split.
+    """The folder of images and the folder of label maps of one split.
 
     data: ADE20K's folder, with images/training, images/validation, annotations/training and annotations/validation;
-    images and annotations, where given, stand for these. flags: what the user calls these two. Raises UserError where
-    one does not exist.
+    images and annotations, where given, replace these. flags: the command's names of images and of annotations, for
+    messages. Raises UserError where a folder does not exist.
     """
     part = {"train": "training", "val": "validation"}[split]
     return (
@@ -123,7 +126,8 @@ def read_classes(data: Path | None, file: Path | None) -> list[str]:
     """The names of the classes in the order of their labels.
 
     They stand in `file`, or else in classes.txt of the folder `data`, one a line, or in ADE20K's own table there, of
-    whose synonyms the first is taken. Raises UserError where there is none of these, or one does not fit.
+    whose synonyms the first is taken. Raises UserError where there is no such file, it cannot
+    be read, or a name is empty or comes twice.
     """
     path = _usual_classes(data) if file is None else Path(file)
     if path is None:
@@ -150,7 +154,8 @@ def names_classes(data: Path | None) -> bool:
 def calls_classes(data: Path, names: Sequence[str]) -> bool:
     """Whether a folder that names its classes calls them so; in ADE20K's own table each synonym of a class will do.
 
-    Published weights have the second of "television, television receiver, ...". Raises UserError as read_classes does.
+    Published weights have the second of "television, television receiver, ...". Raises UserError where the folder
+    does not name its classes, or names them wrongly.
     """
     own, path = read_classes(data, None), _usual_classes(data)
     assert path is not None
@@ -197,39 +202,40 @@ def _first_synonyms(classes: list[str]) -> list[str]:
 def open_segmentation(
     images: Path, annotations: Path, classes: Sequence[str], reduce_zero_label: bool, skip_damaged: bool = False
 ) -> SegmentationImages:
-    """The pictures of one folder whose label maps another holds, at any depth, under the same names with .png.
+    """The images of one folder whose label maps another holds, at any depth, under the same names with .png.
 
-    Raises UserError where there are none, and unless skip_damaged where some lack their partner; these are left out
-    otherwise, and told in `left_out`.
+    classes: names in the order of the labels; reduce_zero_label: whether label 0 is no class and label 1 the first.
+    skip_damaged: leave out images without a label map and label maps without an image, and list them in `left_out`;
+    otherwise one of them raises UserError. So does a folder without a single pair.
     """
     if len(classes) + reduce_zero_label > IGNORED:
         raise UserError(
             f"{len(classes)} classes from {int(reduce_zero_label)} on need the label {IGNORED}, which no class can "
             "have: leave out one"
         )
-    pictures = _by_name(images, "images", EXTENSIONS)
-    maps = _by_name(annotations, "label maps", (".png",))
-    pairs = sorted(pictures.keys() & maps.keys())
+    image_files = _by_name(images, "images", EXTENSIONS)
+    label_maps = _by_name(annotations, "label maps", (".png",))
+    pairs = sorted(image_files.keys() & label_maps.keys())
     if not pairs:
         raise UserError(
             f"no image in {images} has a label map in {annotations}, of the same name with .png: check both folders"
         )
-    unlabelled = [pictures[name] for name in sorted(pictures.keys() - maps.keys())]
-    unseen = [maps[name] for name in sorted(maps.keys() - pictures.keys())]
+    unlabelled = [image_files[name] for name in sorted(image_files.keys() - label_maps.keys())]
+    unseen = [label_maps[name] for name in sorted(label_maps.keys() - image_files.keys())]
     if unlabelled and not skip_damaged:
         raise UserError(
-            f"{len(unlabelled)} of the {len(pictures)} images in {images} have no label map in {annotations}, the "
+            f"{len(unlabelled)} of the {len(image_files)} images in {images} have no label map in {annotations}, the "
             f"first is {unlabelled[0]}: check the folders, or leave them out with --skip-damaged"
         )
     if unseen and not skip_damaged:
         raise UserError(
-            f"{len(unseen)} of the {len(maps)} label maps in {annotations} have no image in {images}, the first is "
-            f"{unseen[0]}: check the folders, or leave them out with --skip-damaged"
+            f"{len(unseen)} of the {len(label_maps)} label maps in {annotations} have no image in {images}, the "
+            f"first is {unseen[0]}: check the folders, or leave them out with --skip-damaged"
         )
     return SegmentationImages(
         str(images),
-        [pictures[name] for name in pairs],
-        [maps[name] for name in pairs],
+        [image_files[name] for name in pairs],
+        [label_maps[name] for name in pairs],
         classes,
         reduce_zero_label,
         [f"{path}: has no label map" for path in unlabelled] + [f"{path}: has no image" for path in unseen],

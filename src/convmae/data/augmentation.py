@@ -1,4 +1,4 @@
-"""How labelled pictures are varied for training, one by one and as a batch, and cropped for everything else.
+"""How labelled images are varied for training, one by one and as a batch, and cropped for everything else.
 
 timm's transforms and augmentations do the work. B batch, C channels, H height, W width, N classes.
 """
@@ -57,11 +57,11 @@ NO_AUGMENTATION = AugmentationOptions(None, 0.0, (0.08, 1.0), 0.5, 0.0, 0.0, 0.0
 
 
 class Augmentation:
-    """An encoded picture's random crops, varied."""
+    """An encoded image's random crops, varied."""
 
     def __init__(self, image_size: tuple[int, int], in_channels: int, options: AugmentationOptions) -> None:
         """image_size: (H, W); in_channels: 1 grey, 3 RGB, 4 RGBA. Raises UserError for impossible options."""
-        pillow_mode(in_channels)  # refuses what no picture has before the run begins
+        pillow_mode(in_channels)  # refuses what no image has before the run begins
         if in_channels == 4 and options.auto_augment:
             raise UserError("augmentation policies know no transparency: pass --augmentation.auto_augment null")
         if not 0 < options.crop_scale[0] <= options.crop_scale[1] <= 1:
@@ -84,7 +84,7 @@ class Augmentation:
             raise UserError(f"unknown policy auto_augment '{options.auto_augment}': see timm's") from error
 
     def __call__(self, file: BinaryIO, label: int | None, seeds: Sequence[int]) -> list[Sample]:
-        """An encoded picture, decoded once, and its class, if it has one -> a sample for each seed.
+        """An encoded image, decoded once, and its class, if it has one -> a sample for each seed.
 
         {"image": uint8 (C, H, W), "label": the class}, without a class no "label". Raises UndecodableImageError.
         """
@@ -99,7 +99,7 @@ class Augmentation:
 
 
 class CenterCrop:
-    """An encoded picture's centre: the shorter side resized, bicubic, of which the crop keeps the share crop_pct."""
+    """An encoded image's centre: the shorter side resized, bicubic, of which the crop keeps the share crop_pct."""
 
     def __init__(self, image_size: tuple[int, int], in_channels: int = 3, crop_pct: float = 224 / 256) -> None:
         """image_size: (H, W); in_channels: 1 grey, 3 RGB, 4 RGBA."""
@@ -110,7 +110,7 @@ class CenterCrop:
         )
 
     def __call__(self, file: BinaryIO, label: int | None = None) -> Sample:
-        """An encoded picture and its class, if it has one -> {"image": uint8 (C, H, W), "label": the class}.
+        """An encoded image and its class, if it has one -> {"image": uint8 (C, H, W), "label": the class}.
 
         Without a class no "label". Raises UndecodableImageError.
         """

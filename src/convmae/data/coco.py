@@ -1,6 +1,6 @@
-"""Annotated pictures in COCO's format.
+"""Annotated images in COCO's format.
 
-An annotation file is checked once and kept packed; masks are decoded with their picture. H height, W width.
+An annotation file is checked once and kept packed; masks are decoded with their image. H height, W width.
 """
 
 import json
@@ -20,10 +20,10 @@ from convmae.errors import UserError
 
 
 class Annotation(NamedTuple):
-    """The objects of a picture that a detector learns: neither crowds nor those without width or height."""
+    """The objects of an image that a detector learns: neither crowds nor those without width or height."""
 
     size: tuple[int, int]
-    """The upright picture's (H, W)."""
+    """The upright image's (H, W)."""
     labels: tuple[int, ...]
     """Each object's class, of which the first is 1: 0 stands for the background."""
     boxes: tuple[tuple[float, ...], ...]
@@ -39,10 +39,10 @@ class Annotation(NamedTuple):
 
 @dataclass(frozen=True)
 class _Objects:
-    """The objects of all pictures, packed: lists of millions would be copied by every loading process."""
+    """The objects of all images, packed: lists of millions would be copied by every loading process."""
 
     first: numpy.ndarray
-    """Each picture's first object, and the number of all objects at the end."""
+    """Each image's first object, and the number of all objects at the end."""
     labels: numpy.ndarray
     boxes: numpy.ndarray
     areas: numpy.ndarray
@@ -65,7 +65,7 @@ class _Objects:
 
 
 class CocoImages(ImageCollection):
-    """Pictures with the objects that a COCO file names; label L is the category category_ids[L - 1]."""
+    """Images with the objects that a file in COCO's format names; label L is the category category_ids[L - 1]."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class CocoImages(ImageCollection):
         objects: _Objects,
         left_out: Sequence[str],
     ) -> None:
-        """sizes: (H, W) of each picture; categories: names by rising id; left_out: what is broken, and how."""
+        """sizes: (H, W) of each image; categories: names by rising id; left_out: what is broken, and how."""
         self._paths, self._objects, self._learned = list(paths), objects, objects.learned
         super().__init__(name, FileReader(paths), self._paths.__getitem__, list(categories.values()))
         self.image_ids, self.sizes, self.category_ids = list(image_ids), sizes, list(categories)
@@ -85,7 +85,7 @@ class CocoImages(ImageCollection):
 
     @property
     def num_objects(self) -> int:
-        """Objects that a detector learns, in all pictures."""
+        """Objects that a detector learns, in all images."""
         return int(self._learned.sum())
 
     @property
@@ -94,7 +94,7 @@ class CocoImages(ImageCollection):
         return int(self._objects.zero_size.sum())
 
     def annotation(self, index: int) -> Annotation:
-        """The objects of picture number `index`."""
+        """The objects of image number `index`, without crowds and objects of no size."""
         objects = self._objects
         start, end = objects.first[index : index + 2].tolist()
         numbers = [number for number in range(start, end) if self._learned[number]]
@@ -107,11 +107,11 @@ class CocoImages(ImageCollection):
         )
 
     def open_annotated(self, index: int) -> tuple[BinaryIO, Any]:
-        """The encoded picture number `index` and its Annotation; the caller closes it."""
+        """The encoded image number `index` and its Annotation; the caller closes it."""
         return self.open(index), self.annotation(index)
 
     def ground_truth(self) -> dict[str, Any]:
-        """What detections are judged by, in COCO's format: crowds and objects of no size, too."""
+        """What detections are judged by, as annotation files have it: all objects, also crowds and those of no size."""
         objects = self._objects
         owners = numpy.repeat(numpy.arange(len(self)), numpy.diff(objects.first)).tolist()
         found = []
@@ -131,11 +131,11 @@ class CocoImages(ImageCollection):
                     "segmentation": segmentation,
                 }
             )
-        pictures = zip(self.image_ids, self._paths, self.sizes.tolist(), strict=True)
+        known = zip(self.image_ids, self._paths, self.sizes.tolist(), strict=True)
         return {
             "images": [
                 {"id": image_id, "file_name": path, "height": height, "width": width}
-                for image_id, path, (height, width) in pictures
+                for image_id, path, (height, width) in known
             ],
             "categories": [
                 {"id": category_id, "name": name}
@@ -152,10 +152,11 @@ def find_coco(
     images: Path | None = None,
     flags: tuple[str, str] = ("--annotations", "--images"),
 ) -> tuple[Path, Path]:
-    """The annotation file and the folder of pictures of one split.
+    """The annotation file and the folder of images of one split.
 
     data: COCO's folder, with annotations/instances_SPLIT2017.json and SPLIT2017/; annotations and images, where given,
-    stand for these. flags: what the user calls these two. Raises UserError where one does not exist.
+    replace these. flags: the command's names of annotations and of images, for messages. Raises UserError where one
+    does not exist.
     """
     return (
         found_part("COCO's folder", data, f"annotations/instances_{split}2017.json", annotations, flags[0]),
@@ -164,34 +165,34 @@ def find_coco(
 
 
 def open_coco(annotations: Path, images: Path, skip_damaged: bool = False) -> CocoImages:
-    """The pictures in the folder `images` that a JSON file in COCO's format annotates.
+    """The images in the folder `images` that a JSON file in COCO's format annotates.
 
-    Raises UserError where the file is not in this format, and unless skip_damaged where pictures are missing or
-    annotations broken; these are left out otherwise, and told in `left_out`.
+    skip_damaged: leave out missing images and broken annotations, and list them in `left_out`; otherwise one of them
+    raises UserError. So does a file that is not in this format.
     """
     _require_mask_library()
     content = _read(annotations)
     categories = _categories(annotations, content["categories"])
-    pictures, faults = _sound_pictures(content["images"])
+    entries, faults = _sound_images(content["images"])
     _refuse(annotations, "images", faults, len(content["images"]), skip_damaged)
-    missing = _missing(images, [picture["file_name"] for picture in pictures])
+    missing = _missing(images, [entry["file_name"] for entry in entries])
     if missing and not skip_damaged:
         raise UserError(
-            f"{len(missing)} of the {len(pictures)} images of {annotations} are not in {images}, the first is "
+            f"{len(missing)} of the {len(entries)} images of {annotations} are not in {images}, the first is "
             f"{missing[0]}: check the folder, or leave them out with --skip-damaged"
         )
     lost = set(missing)
-    pictures = [picture for picture in pictures if picture["file_name"] not in lost]
-    if not pictures:
+    entries = [entry for entry in entries if entry["file_name"] not in lost]
+    if not entries:
         raise UserError(f"{annotations} names no images that {images} holds: check both")
     labels = {category_id: label for label, category_id in enumerate(categories, 1)}
-    objects, broken = _sound_objects(content, pictures, labels)
+    objects, broken = _sound_objects(content, entries, labels)
     _refuse(annotations, "annotations", broken, len(content["annotations"]), skip_damaged)
     return CocoImages(
         str(annotations),
-        [str(images / picture["file_name"]) for picture in pictures],
-        [picture["id"] for picture in pictures],
-        numpy.array([(picture["height"], picture["width"]) for picture in pictures], dtype=numpy.int64),
+        [str(images / entry["file_name"]) for entry in entries],
+        [entry["id"] for entry in entries],
+        numpy.array([(entry["height"], entry["width"]) for entry in entries], dtype=numpy.int64),
         categories,
         _packed(objects, labels),
         [f"{annotations}: {fault}" for fault in faults + broken] + [f"{images / name}: is missing" for name in missing],
@@ -246,8 +247,8 @@ def _refuse(path: Path, what: str, faults: list[str], total: int, skip_damaged: 
         )
 
 
-def _sound_pictures(entries: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Those that nothing is wrong with, and what is with the others."""
+def _sound_images(entries: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """COCO's entries of images that nothing is wrong with, and what is wrong with each of the others."""
     sound, faults = [], []
     counts = Counter(_number(entry, "id") for entry in entries)
     for place, entry in enumerate(entries):
@@ -266,7 +267,7 @@ def _sound_pictures(entries: list[Any]) -> tuple[list[dict[str, Any]], list[str]
 
 
 def _missing(folder: Path, names: list[str]) -> list[str]:
-    """Those of the files that are not there, by one listing of each folder that should hold some."""
+    """Which of the files `names` the folder lacks, by one listing of each folder that should hold some."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the one with the images")
     paths = [folder / name for name in names]
@@ -276,17 +277,17 @@ def _missing(folder: Path, names: list[str]) -> list[str]:
 
 
 def _sound_objects(
-    content: dict[str, Any], pictures: list[dict[str, Any]], labels: Mapping[int, int]
+    content: dict[str, Any], images: list[dict[str, Any]], labels: Mapping[int, int]
 ) -> tuple[list[list[dict[str, Any]]], list[str]]:
-    """Each picture's annotations that nothing is wrong with, and what is with the others."""
-    known = {_number(picture, "id") for picture in content["images"]} - {None}
-    sizes = {picture["id"]: (picture["height"], picture["width"]) for picture in pictures}
+    """The sound annotations of each of `images`, COCO's entries, and what is wrong with each of the others."""
+    known = {_number(image, "id") for image in content["images"]} - {None}
+    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
     sound: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in sizes}
     faults = []
     for place, annotation in enumerate(content["annotations"]):
         image_id = _number(annotation, "image_id")
         if image_id in known and image_id not in sizes:
-            continue  # it goes with its picture, which is left out
+            continue  # it goes with its image, which is left out
         if fault := _fault(annotation, sizes, labels):
             own = _number(annotation, "id")
             faults.append(f"{f'the one at place {place}' if own is None else f'annotation {own}'} ({fault})")
@@ -359,7 +360,7 @@ def _decoded(segmentation: Any, size: tuple[int, int]) -> numpy.ndarray:
 
 
 def _packed(annotations: list[list[dict[str, Any]]], labels: Mapping[int, int]) -> _Objects:
-    """annotations: those of each picture."""
+    """The objects of all images, from COCO's entries of annotations for each image."""
     every = [annotation for found in annotations for annotation in found]
     texts = [json.dumps(annotation["segmentation"], separators=(",", ":")).encode() for annotation in every]
     return _Objects(

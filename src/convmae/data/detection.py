@@ -1,6 +1,6 @@
-"""How pictures with boxes and masks are varied or fitted for a detector.
+"""How images with boxes and masks are varied or fitted for a detector.
 
-C channels, H height, W width, N objects of a picture.
+C channels, H height, W width, N objects of an image.
 """
 
 import math
@@ -30,7 +30,7 @@ from convmae.errors import UserError
 
 
 class LargeScaleJitter:
-    """An annotated picture resized by a random factor, then cropped or padded to one size, mirrored or not."""
+    """An annotated image resized by a random factor, then cropped or padded to one size, mirrored or not."""
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class LargeScaleJitter:
         flip: float = 0.5,
         in_channels: int = 3,
     ) -> None:
-        """image_size: (H, W); scale: range of the factor, of which 1 fits a picture into (H, W); flip: probability."""
-        pillow_mode(in_channels)  # refuses what no picture has before the run begins
+        """image_size: (H, W); scale: range of the factor, of which 1 fits an image into (H, W); flip: probability."""
+        pillow_mode(in_channels)  # refuses what no image has before the run begins
         if min(image_size) < 1 or not 0 < scale[0] <= scale[1] < math.inf or not 0 <= flip <= 1:
             raise UserError(
                 f"jitter needs a positive size, 0 < scale, and flip from 0 to 1: not {image_size}, {scale} and {flip}"
@@ -50,7 +50,7 @@ class LargeScaleJitter:
         self._scale, self._flip = scale, flip
 
     def __call__(self, file: BinaryIO, annotation: Annotation, seeds: Sequence[int]) -> list[Sample]:
-        """An encoded picture, decoded once -> a sample for each seed; raises UndecodableImageError.
+        """An encoded image, decoded once -> a sample for each seed; raises UndecodableImageError.
 
         {"image": uint8 (C, H, W), "target": {"boxes": float32 (N, 4), left, top, right and bottom in pixels, "labels":
         int64 (N,), "masks": uint8 (N, H, W)}}. Objects of which no pixel remains are left out.
@@ -58,7 +58,7 @@ class LargeScaleJitter:
         image = _decode_annotated(file, annotation, self.in_channels)
         placements = [self.draw(*annotation.size, seed) for seed in seeds]
         masks: list[list[Tensor]] = [[] for _ in placements]
-        for mask in annotation.masks():  # one at a time, as those of a large picture fill the memory
+        for mask in annotation.masks():  # one at a time, as those of a large image fill the memory
             for placement, placed in zip(placements, masks, strict=True):
                 placed.append(_placed_mask(torch.from_numpy(mask), placement, self.image_size))
         return [
@@ -70,14 +70,14 @@ class LargeScaleJitter:
         ]
 
     def draw(self, height: int, width: int, seed: int) -> Placement:
-        """The part of a picture of this size that is seen, and the size to which it is resized."""
+        """The part of an image of this size that is seen, and the size to which it is resized."""
         numbers = random.Random(seed)
         factor = numbers.uniform(*self._scale) * fitting_factor((height, width), self.image_size)
         return random_part((height, width), factor, self.image_size, self._flip, numbers)
 
 
 class ResizeAndPad:
-    """A whole picture, annotated or not, resized to fit into one size and padded at the right and the bottom."""
+    """A whole image, annotated or not, resized to fit into one size and padded at the right and the bottom."""
 
     def __init__(self, image_size: tuple[int, int], in_channels: int = 3) -> None:
         """image_size: (H, W); in_channels: 1 grey, 3 RGB, 4 RGBA."""
@@ -88,9 +88,9 @@ class ResizeAndPad:
         self.image_size, self.in_channels = (height, width), in_channels
 
     def __call__(self, file: BinaryIO, annotation: Annotation | None = None) -> Sample:
-        """An encoded picture -> {"image": uint8 (C, H, W), "size": (h, w), "original_size": (h, w)}.
+        """An encoded image -> {"image": uint8 (C, H, W), "size": (h, w), "original_size": (h, w)}.
 
-        "size" is the picture's inside "image". Raises UndecodableImageError.
+        "size" is that of the resized image inside the padded one. Raises UndecodableImageError.
         """
         image = _decode_annotated(file, annotation, self.in_channels)
         height, width = image.shape[1:]
@@ -103,7 +103,7 @@ class ResizeAndPad:
 
 
 def _decode_annotated(file: BinaryIO, annotation: Annotation | None, in_channels: int) -> Tensor:
-    """An encoded picture -> uint8 (C, h, w); raises UndecodableImageError, also where annotations tell another size."""
+    """An encoded image -> uint8 (C, h, w); raises UndecodableImageError, also where annotations tell another size."""
     image = decode_image(file, in_channels)
     height, width = image.shape[1:]
     if annotation is not None and annotation.size != (height, width):
@@ -119,7 +119,7 @@ def _placed_mask(mask: Tensor, placement: Placement, image_size: tuple[int, int]
 
 
 def _target(labels: Sequence[int], masks: Sequence[Tensor], image_size: tuple[int, int]) -> dict[str, Tensor]:
-    """masks: N of uint8 (H, W)."""
+    """The target of a sample, from labels and masks of N objects, uint8 (H, W) each; those without a pixel go."""
     stacked = torch.stack(list(masks)) if masks else torch.zeros(0, *image_size, dtype=torch.uint8)
     kept = stacked.flatten(1).any(dim=1).bool()  # torch keeps uint8
     stacked = stacked[kept]

@@ -40,9 +40,9 @@ class EncodedViews(NamedTuple):
     encoded: bytes
     crops: list[Crop]
     places: list[int]
-    """Of the crops in the batch."""
+    """Where in the batch each of the crops stands."""
     key: tuple[int, int]
-    """Of the picture in the data set."""
+    """The (epoch, index) of the image in the data set."""
 
 
 class DeferredCrop:
@@ -52,7 +52,11 @@ class DeferredCrop:
         self.crop = crop
 
     def __call__(self, file: BinaryIO, label: int | None, seeds: Sequence[int]) -> list[Sample]:
-        """What RandomCrop returns, each "image" of a plain JPEG file an EncodedCrop; raises as it does."""
+        """An encoded image and its class, if it has one -> a sample for each seed.
+
+        {"image": EncodedCrop of a plain JPEG file, else uint8 (C, H, W), "label": the class}, without a class no
+        "label". Raises UndecodableImageError.
+        """
         with undecodable_if_damaged():
             encoded = file.read()
             with Image.open(io.BytesIO(encoded)) as image:
@@ -91,10 +95,10 @@ def collate_encoded(samples: list[Sample]) -> dict[str, Any]:
 
 
 class DeviceDecoder:
-    """Batches of collate_encoded -> those of build_training_loader without it, less the labels, on the device."""
+    """Turns batches of collate_encoded into crops on the device, decoding there what came encoded; drops labels."""
 
     def __init__(self, images: TrainingImages, crop: RandomCrop, device: torch.device) -> None:
-        """images: the loader's data set; crop: what its DeferredCrop defers. Raises UserError where nothing decodes."""
+        """images: the loader's data set; crop: the one in its DeferredCrop. Raises UserError where nothing decodes."""
         self._crop, self._device = crop, device
         # Takes over where the device cannot decode.
         self._images = TrainingImages(images.source, crop, images.seed, images.skip_damaged, images.aug_repeats)
@@ -110,14 +114,15 @@ class DeviceDecoder:
             raise UserError(f"{device} decodes no JPEG files, leave --decode out: {reason}") from error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """{"images": uint8 (B, C, H, W) on the device, "failed": list}.
+        """A batch of collate_encoded -> {"images": uint8 (B, C, H, W) on the device, "failed": list}.
 
-        Raises UserError where a file that the device does not decode is one too many, as TrainingImages does.
+        Files that the device refuses are decoded here. Raises UserError where none of 50 in a row can be, or one cannot
+        and damaged images are not skipped.
         """
         failed = list(batch["failed"])
         images: dict[int, Tensor] = {}
-        pictures = self._decode_each([views.encoded for views in batch["encoded"]])
-        for views, pixels in zip(batch["encoded"], pictures, strict=True):
+        decoded = self._decode_each([views.encoded for views in batch["encoded"]])
+        for views, pixels in zip(batch["encoded"], decoded, strict=True):
             resized = None if pixels is None else self._views(pixels, views.crops)
             if resized is None:
                 samples = self._images[views.key]
@@ -129,20 +134,20 @@ class DeviceDecoder:
         return {"images": torch.stack(ordered), "failed": failed}
 
     def _decode_each(self, files: list[bytes]) -> list[Tensor | None]:
-        """What `_decode` gives, None for each file that the device refuses."""
+        """JPEG files -> uint8 (C, h, w) each, on the device; None for each file that the device refuses."""
         if not files:
             return []
         try:
             return list(self._decode(files))
         except RuntimeError as error:  # which of the files is to blame it does not tell
             self._warn(error)
-        pictures: list[Tensor | None] = []
+        decoded: list[Tensor | None] = []
         for file in files:
             try:
-                pictures += self._decode([file])
+                decoded += self._decode([file])
             except RuntimeError:
-                pictures.append(None)
-        return pictures
+                decoded.append(None)
+        return decoded
 
     def _decode(self, files: list[bytes]) -> list[Tensor]:
         """JPEG files -> uint8 (C, h, w) each, on the device; raises RuntimeError where it refuses one."""
@@ -153,7 +158,7 @@ class DeviceDecoder:
         return torchvision_io.decode_jpeg(encoded, _READ_MODES[self._crop.in_channels], device=self._device)
 
     def _views(self, pixels: Tensor, crops: list[Crop]) -> list[Tensor] | None:
-        """A picture (C, h, w) -> its crops, None where the device refuses: it knows a largest reduction."""
+        """An image (C, h, w) -> its crops, None where the device refuses: it knows a largest reduction."""
         try:
             return [self._resized(pixels, crop) for crop in crops]
         except RuntimeError as error:
@@ -166,7 +171,7 @@ class DeviceDecoder:
         self._warned = True
 
     def _resized(self, pixels: Tensor, crop: Crop) -> Tensor:
-        """A picture (C, h, w) -> its crop, uint8 (C, H, W)."""
+        """An image (C, h, w) -> its crop, uint8 (C, H, W)."""
         top, left, height, width, mirrored = crop
         region = pixels[None, :, top : top + height, left : left + width].float()  # a GPU resizes no integers
         resized = interpolate(region, self._crop.image_size, mode="bicubic", antialias=True)[0]

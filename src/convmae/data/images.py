@@ -1,10 +1,10 @@
-"""Encoded pictures decoded, whole or as the random crops that pretraining sees.
+"""Encoded images decoded, whole or as the random crops that pretraining sees.
 
 Pillow reads the header, from which a crop is drawn, and decodes; upright JPEG files simplejpeg does, which is faster. A
 JPEG is decoded at a reduced size where the crop allows it, and only the crop is resampled. Tensors stay uint8; the
 device normalises. C channels, H height, W width.
 
-Pictures come out upright (EXIF orientation is applied); of an animation the first frame; without alpha unless
+Images come out upright (EXIF orientation is applied); of an animation the first frame; without alpha unless
 it is asked for; of 16-bit grey the high byte.
 """
 
@@ -37,11 +37,11 @@ _logger = logging.getLogger(__name__)
 
 
 class UndecodableImageError(Exception):
-    """A picture that cannot be opened or decoded; the message is the reason."""
+    """An image that cannot be opened or decoded; the message is the reason."""
 
 
 class UnfitAnnotationError(UndecodableImageError):
-    """A picture whose labels or annotations are not its own, or cannot be read; the message is the reason."""
+    """An image whose labels or annotations are not its own, or cannot be read; the message is the reason."""
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def undecodable_if_damaged() -> Iterator[None]:
 
 
 class Crop(NamedTuple):
-    """A part of a picture as it is stored, in pixels, and whether it is mirrored left to right."""
+    """A part of an image as it is stored, in pixels, and whether it is mirrored left to right."""
 
     top: int
     left: int
@@ -66,7 +66,7 @@ class Crop(NamedTuple):
 
 
 class RandomCrop:
-    """An encoded picture's random resized crops, mirrored or not."""
+    """An encoded image's random resized crops, mirrored or not."""
 
     def __init__(
         self, image_size: tuple[int, int], in_channels: int = 3, scale: tuple[float, float] = (0.2, 1.0)
@@ -81,7 +81,7 @@ class RandomCrop:
         self._scale = scale
 
     def __call__(self, file: BinaryIO, label: int | None, seeds: Sequence[int]) -> list[Sample]:
-        """An encoded picture, decoded once, and its class, if it has one -> a sample for each seed.
+        """An encoded image, decoded once, and its class, if it has one -> a sample for each seed.
 
         {"image": uint8 (C, H, W), "label": the class}, without a class no "label". Raises UndecodableImageError.
         """
@@ -94,7 +94,7 @@ class RandomCrop:
         return [labelled(self._resized(region, crop), label) for region, crop in zip(regions, crops, strict=True)]
 
     def draw(self, height: int, width: int, seed: int) -> Crop:
-        """A crop of a picture of this size: a share of its area and an aspect ratio, both random, at a random place."""
+        """A crop of an image of this size: a share of its area and an aspect ratio, both random, at a random place."""
         numbers = random.Random(seed)
         mirrored = numbers.random() < 0.5
         for _ in range(10):
@@ -121,7 +121,7 @@ class RandomCrop:
 def _decode_crops(
     encoded: bytes, image: Image.Image, crops: Sequence[Crop], mode: str, image_size: tuple[int, int]
 ) -> list[Tensor]:
-    """The crops' pixels (h, w, C), upright and in `mode`, of a picture that is open and not decoded yet.
+    """The crops' pixels (h, w, C), upright and in `mode`, of an image that is open and not decoded yet.
 
     They are at a reduced size where all still exceed image_size.
     """
@@ -171,19 +171,19 @@ def _is_upright(image: Image.Image) -> bool:
 
 
 def open_upright(file: BinaryIO, in_channels: int = 3) -> Image.Image:
-    """A whole encoded picture, upright, 1 grey, 3 RGB or 4 RGBA; raises UndecodableImageError."""
+    """A whole encoded image, upright, 1 grey, 3 RGB or 4 RGBA; raises UndecodableImageError."""
     mode = pillow_mode(in_channels)
     with undecodable_if_damaged(), Image.open(file) as image:
         return _converted(ImageOps.exif_transpose(image), mode)
 
 
 def decode_image(file: BinaryIO, in_channels: int = 3) -> Tensor:
-    """A whole encoded picture -> uint8 (C, H, W), upright; raises UndecodableImageError."""
+    """A whole encoded image -> uint8 (C, H, W), upright; raises UndecodableImageError."""
     return functional.pil_to_tensor(open_upright(file, in_channels))
 
 
 def pillow_mode(in_channels: int) -> str:
-    """Pillow's name for pictures of so many channels; raises UserError where it has none."""
+    """Pillow's name for images of so many channels; raises UserError where it has none."""
     if in_channels not in _MODES:
         raise UserError(f"images have 1 (grey), 3 (RGB) or 4 (RGBA) channels: in_channels cannot be {in_channels}")
     return _MODES[in_channels]

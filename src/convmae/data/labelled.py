@@ -1,4 +1,4 @@
-"""Where labelled pictures come from: class folders, or any of the data sets that timm names by a prefix.
+"""Where labelled images come from: class folders, or any of the data sets that timm names by a prefix.
 
 A class is known by its number in the source's `classes`; nothing is decoded here.
 """
@@ -43,14 +43,14 @@ _CLASS_NAMES_FILE = "classes.txt"  # beside shards, a class a line
 def open_labelled_images(
     data: str | Path, split: str, classes: Sequence[str] | None = None, shuffled: bool = False
 ) -> ImageCollection | ImageStream:
-    """The labelled pictures of one split.
+    """The labelled images of one split.
 
-    data: a folder that holds SPLIT/CLASS/pictures at any depth; `wds/FOLDER` (a local folder of WebDataset shards whose
+    data: a folder that holds SPLIT/CLASS/images at any depth; `wds/FOLDER` (a local folder of WebDataset shards whose
     names tell the split); `hfds/NAME` (Hugging Face data set, a hub name or a local folder); `hfids/NAME` (the same,
     streamed; `|N` gives the number of training images where it is unknown); `tfds/NAME` (TensorFlow data set, a name or
     the folder of one); or `torch/NAME` (torchvision's cifar10, cifar100, mnist, fashion_mnist, ...).
     split: `train`, `val`, or whatever the data set calls it; the usual synonyms are found. classes: those of the
-    training split, which another split may not exceed. shuffled: for training, of a stream, whose order is its own.
+    training split, which another split must not exceed. shuffled: for training, of a stream, whose order is its own.
 
     Raises UserError where there is nothing to read, fewer than two classes, or an unknown one.
     """
@@ -80,7 +80,7 @@ def open_labelled_images(
 
 
 class _FolderReader:
-    """Picture files with a class each: reader[index] -> (binary file, class)."""
+    """Image files with a class each: reader[index] -> (binary file, class)."""
 
     def __init__(self, samples: list[tuple[str, int]]) -> None:
         self.samples = samples
@@ -124,7 +124,7 @@ def _open_folder(folder: Path, split: str, classes: Sequence[str] | None) -> Ima
 
 
 class _ShardReader:
-    """Pictures inside uncompressed tar files, found by the place of their bytes: reader[index] -> (file, class)."""
+    """Images inside uncompressed tar files, found by the place of their bytes: reader[index] -> (file, class)."""
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self._shards = list(shards)
@@ -154,8 +154,8 @@ class _ShardReader:
 
 
 def _labelled_members(shard: Path) -> Iterator[tuple[int, int, int]]:
-    """Offset, size and class of each picture with a class in a shard: members KEY.jpg and KEY.cls."""
-    pictures: dict[str, tuple[int, int]] = {}
+    """Offset, size and class of each image with a class in a shard: members KEY.jpg and KEY.cls."""
+    images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     try:
         with tarfile.open(shard, "r:") as members:
@@ -164,12 +164,12 @@ def _labelled_members(shard: Path) -> Iterator[tuple[int, int, int]]:
                 stem, _, kind = name.partition(".")
                 key = f"{folder}/{stem}"
                 if f".{kind.lower()}" in EXTENSIONS:
-                    pictures[key] = (member.offset_data, member.size)
+                    images[key] = (member.offset_data, member.size)
                 elif kind == "cls":
                     labels[key] = int(cast(BinaryIO, members.extractfile(member)).read())
     except (OSError, tarfile.TarError, ValueError) as error:
         raise UserError(f"the shard {shard} cannot be read, write it again, uncompressed: {error}") from error
-    for key, place in pictures.items():
+    for key, place in images.items():
         if labels.get(key, -1) >= 0:
             yield *place, labels[key]
 
@@ -215,7 +215,7 @@ def _stream_hugging_face(data: str, location: str, split: str, shuffled: bool) -
 
 
 def _hugging_face_columns(data: str, name: str, split: str, streamed: bool) -> tuple[str, str, str, list[str]]:
-    """The split's own name, the columns of pictures and of their classes, and the classes."""
+    """The split's own name, the columns of images and of their classes, and the classes."""
     if find_spec("datasets") is None:
         raise UserError("reading Hugging Face data sets needs `datasets`: pip install 'convmae[hub]'")
     import datasets
@@ -274,9 +274,9 @@ def _open_tensorflow(data: str, name: str, split: str) -> ImageCollection:
     return _collection(data, split, reader, "example", features[label].names)
 
 
-def _columns(data: str, features: Mapping[str, Any], picture: type, classes: type) -> tuple[str, str]:
-    """The first column of pictures and the first of classes."""
-    images, labels = ([key for key, kind in features.items() if isinstance(kind, one)] for one in (picture, classes))
+def _columns(data: str, features: Mapping[str, Any], image: type, classes: type) -> tuple[str, str]:
+    """The first column of images and the first of classes."""
+    images, labels = ([key for key, kind in features.items() if isinstance(kind, one)] for one in (image, classes))
     if not images or not labels:
         known = ", ".join(features) or "unknown"
         cure = "choose another; a local folder needs SPLIT/CLASS/images with two classes or more"
@@ -285,13 +285,13 @@ def _columns(data: str, features: Mapping[str, Any], picture: type, classes: typ
 
 
 def _collection(data: str, split: str, reader: Any, unit: str, classes: Sequence[str]) -> ImageCollection:
-    """A collection whose pictures are known by their numbers alone."""
+    """A collection whose images are known by their numbers alone."""
     name = f"{data} ({split})"
     return ImageCollection(name, reader, partial("{}, {} {}".format, name, unit), classes)
 
 
 class _TorchvisionReader:
-    """A torchvision data set, whose pictures are decoded already: reader[index] -> (binary file, class)."""
+    """A torchvision data set, whose images are decoded already: reader[index] -> (binary file, class)."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
@@ -313,7 +313,7 @@ def _open_torchvision(data: str, split: str) -> ImageCollection:
         dataset = create_dataset(data, root=str(root), split=split, download=True)
     named = getattr(dataset, "classes", None) or getattr(dataset, "all_categories", [])  # the second of iNaturalist
     classes = [name if isinstance(name, str) else ", ".join(name) for name in named]  # ImageNet has synonyms
-    return _collection(data, split, _TorchvisionReader(dataset), "picture", classes)
+    return _collection(data, split, _TorchvisionReader(dataset), "image", classes)
 
 
 def _called(split: str) -> tuple[str, ...]:

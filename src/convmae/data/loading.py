@@ -1,7 +1,7 @@
-"""From the pictures of a source to batches, for training in a random order without end, for judging in order once.
+"""From the images of a source to batches, for training in a random order without end, for judging in order once.
 
-A transform makes samples of an encoded picture and its annotation, see `samples`. Here it gets its seeds, damaged
-pictures are replaced, left out or refused, and processes and workers get their shares. B batch, C channels, H height,
+A transform makes samples of an encoded image and its annotation, see `samples`. Here it gets its seeds, damaged
+images are replaced, left out or refused, and processes and workers get their shares. B batch, C channels, H height,
 W width.
 """
 
@@ -24,7 +24,7 @@ from convmae.seeds import mixed_seed
 
 T = TypeVar("T")
 
-_FAILURES_IN_A_ROW = 50  # of unlabelled pictures; more than chance damage: a broken disk, or not pictures at all
+_FAILURES_IN_A_ROW = 50  # of unlabelled images; more than chance damage: a broken disk, or no images at all
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class TrainingImages(Dataset):
         skip_damaged: bool = True,
         aug_repeats: int = 1,
     ) -> None:
-        """aug_repeats: views of each picture."""
+        """aug_repeats: how many samples a key gives, each another view of the same image."""
         self.source, self.transform, self.seed, self.skip_damaged = source, transform, seed, skip_damaged
         self.aug_repeats = aug_repeats
 
@@ -51,10 +51,11 @@ class TrainingImages(Dataset):
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> list[Sample]:
-        """A sample for each view, with its "key"; the first with those "failed" that the picture replaces.
+        """A sample for each view, with its "key" and "failed".
 
-        The index is taken modulo the length. Raises UserError at the first damaged picture unless skip_damaged, and
-        where 50 in a row, of labelled ones all, are damaged.
+        A damaged image is replaced by the next that is none, whose first view has the names and reasons of those that
+        it replaces in "failed". The index is taken modulo the length. Raises UserError at the first damaged image
+        unless skip_damaged, and where 50 unlabelled images in a row, or all labelled ones, are damaged.
         """
         epoch, index = key
         seeds = [mixed_seed(self.seed, epoch, index, view) for view in range(self.aug_repeats)]
@@ -66,7 +67,7 @@ class TrainingImages(Dataset):
                     self.source, partial(self.source.open_annotated, position), self.transform, seeds
                 )
             except UndecodableImageError as error:
-                failed.append(_failure(self.source.picture_name(position), error, self.skip_damaged))
+                failed.append(_failure(self.source.image_name(position), error, self.skip_damaged))
             else:
                 return [{**sample, "key": key} for sample in _with_failures(samples, failed)]
         raise _all_failed(self.source, failed)
@@ -84,18 +85,22 @@ class StreamedTrainingImages(IterableDataset):
         skip_damaged: bool = True,
         aug_repeats: int = 1,
     ) -> None:
-        """batch_size: pictures per rank and step; aug_repeats: views of each."""
+        """batch_size: images per rank and step, before they are repeated; aug_repeats: views of each."""
         self.source, self.transform, self.seed, self.skip_damaged = source, transform, seed, skip_damaged
         self.batch_size, self.aug_repeats = batch_size, aug_repeats
         self.epoch, self.first_batch = SharedCount(), SharedCount()  # workers that live on see them change
 
     def set_position(self, epoch: int, batch: int = 0) -> None:
-        """The next iteration yields `epoch` without its first `batch` batches."""
+        """The next iteration yields `epoch` without its first `batch` batches; an int each, from 0 on."""
         self.source.reader.set_epoch(epoch // self.aug_repeats)
         self.epoch.value, self.first_batch.value = epoch, batch
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        """Yields samples as TrainingImages does, without keys, and raises as it does."""
+        """Yields a list of samples for each image, one for each view, with "failed".
+
+        Damaged images are passed over; the next sample has their names and reasons in "failed". Raises UserError at the
+        first unless skip_damaged, and where 50 unlabelled images in a row, or all labelled ones, are damaged.
+        """
         worker = get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         epoch = self.epoch.value
@@ -108,15 +113,15 @@ class StreamedTrainingImages(IterableDataset):
         if not wanted:
             return
         failed: list[str] = []
-        for place, picture in enumerate(self.source.repeated()):
+        for place, image in enumerate(self.source.repeated()):
             if place < skipped:
                 continue
             try:
                 key = (self.seed, epoch, self.source.reader.global_worker_id, place)
                 seeds = [mixed_seed(*key, view) for view in range(self.aug_repeats)]
-                samples = _transformed(self.source, picture.open_annotated, self.transform, seeds)
+                samples = _transformed(self.source, image.open_annotated, self.transform, seeds)
             except UndecodableImageError as error:
-                failed.append(_failure(picture.name(), error, self.skip_damaged))
+                failed.append(_failure(image.name(), error, self.skip_damaged))
                 if len(failed) == _most_failures(self.source):
                     raise _all_failed(self.source, failed) from error
                 continue
@@ -137,12 +142,12 @@ class EvaluationImages(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
-        """The transform's, with "index" and "failed"; of a damaged picture only these two.
+        """The transform's sample of image number `index`, with "index" and "failed"; of a damaged image only these two.
 
-        Raises UserError for a damaged picture unless skip_damaged.
+        Raises UserError for a damaged image unless skip_damaged.
         """
         open_annotated = partial(self.source.open_annotated, index)
-        name = partial(self.source.picture_name, index)
+        name = partial(self.source.image_name, index)
         return {"index": index, **_judged(self.source, open_annotated, self.transform, name, self.skip_damaged)}
 
 
@@ -153,7 +158,10 @@ class StreamedEvaluationImages(IterableDataset):
         self.source, self.transform, self.skip_damaged = source, transform, skip_damaged
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yields samples as EvaluationImages does, without an "index"."""
+        """Yields the transform's sample of each image, with "failed"; of a damaged image only this.
+
+        Raises UserError for a damaged image unless skip_damaged.
+        """
         for name, open_annotated in self.source:
             yield _judged(self.source, open_annotated, self.transform, name, self.skip_damaged)
 
@@ -164,7 +172,7 @@ def _transformed(
     transform: Callable[..., T],
     *seeds: Sequence[int],
 ) -> T:
-    """What the transform makes of a picture, its annotation and the seeds; raises UndecodableImageError."""
+    """What the transform makes of an image, its annotation and the seeds; raises UndecodableImageError."""
     with undecodable_if_damaged():
         file, annotation = open_annotated()
     with file:
@@ -177,7 +185,7 @@ def _transformed(
 
 
 def _with_failures(samples: list[Sample], failed: list[str]) -> list[Sample]:
-    """The views of a picture, of which the first tells what the picture replaces."""
+    """The views of an image, the first with the names and reasons of the damaged images that it replaces."""
     return [{**sample, "failed": [] if view else failed} for view, sample in enumerate(samples)]
 
 
@@ -195,7 +203,7 @@ def _judged(
 
 
 def _failure(name: str, error: UndecodableImageError, skip_damaged: bool) -> str:
-    """What to report of a damaged picture; raises UserError unless they are to be skipped."""
+    """Name and fault of a damaged image in one line; raises UserError unless skip_damaged."""
     if not skip_damaged:
         fault = "cannot be decoded, replace or delete it"
         if isinstance(error, UnfitAnnotationError):
@@ -205,7 +213,7 @@ def _failure(name: str, error: UndecodableImageError, skip_damaged: bool) -> str
 
 
 def _most_failures(source: ImageCollection | ImageStream) -> int:
-    """How many damaged pictures in a row are too many: of labelled ones, which the user asked to skip, all."""
+    """How many damaged images in a row are too many: of labelled ones, which the user asked to skip, all."""
     return len(source) if source.classes else min(_FAILURES_IN_A_ROW, len(source))
 
 
@@ -238,7 +246,7 @@ class TrainingLoader(ImageLoader):
         """The next iteration yields `epoch` from batch number `batch` on.
 
         A collection continues the exact sequence. A stream continues with the same samples, but where `batch` is
-        no multiple of num_workers its batches are in another order, and damaged pictures shift the start.
+        no multiple of num_workers its batches are in another order, and damaged images shift the start.
         """
         positioned: Any = self.sampler if self._stream is None else self._stream
         positioned.set_position(epoch, batch)
@@ -256,18 +264,18 @@ class TrainingLoader(ImageLoader):
 
 @dataclass(frozen=True)
 class Loading:
-    """How pictures become batches, whatever they are for."""
+    """How images become batches, whatever they are for."""
 
     batch_size: int
     """Samples per process and step."""
     skip_damaged: bool = False
-    """Whether damaged pictures are left out, in training replaced by others, instead of an error."""
+    """Whether damaged images are left out, in training replaced by others, instead of an error."""
     num_workers: int = 0
     """Loading processes; without any, the process itself loads."""
     pin_memory: bool = False
     """Whether batches lie in memory that a GPU copies from while it computes."""
     num_replicas: int = 1
-    """Processes that share the pictures."""
+    """Processes that share the images."""
     rank: int = 0
     """Which of them this is."""
 
@@ -281,12 +289,12 @@ def build_training_loader(
     aug_repeats: int = 1,
     collate_fn: Callable[[list[Sample]], dict[str, Any]] | None = None,
 ) -> TrainingLoader:
-    """This process's shuffled batches, as `collate` makes them of the transform's samples.
+    """A loader of this process's shuffled batches, as `collate` makes them of the transform's samples.
 
-    aug_repeats: how many samples of a batch, side by side, are of one picture, which is decoded once. An epoch has as
-    many samples as there are pictures, so each picture is seen in one of aug_repeats epochs. What is seen of a
+    aug_repeats: how many samples of a batch, side by side, are of one image, which is decoded once. An epoch has as
+    many samples as there are images, so each image is seen in one of aug_repeats epochs. What is seen of a
     collection does not depend on num_workers; a stream is split among the workers, of which there are at most as many
-    as shards and as batches an epoch. collate_fn: replaces `collate`, for other batches than its. Raises UserError
+    as shards and as batches an epoch. collate_fn: makes a batch of samples in the place of `collate`. Raises UserError
     unless aug_repeats divides the batch size.
     """
     if aug_repeats < 1 or loading.batch_size % aug_repeats:
@@ -294,19 +302,19 @@ def build_training_loader(
             f"{loading.batch_size} images a pass and process are no multiple of aug_repeats {aug_repeats}: change one "
             "of them"
         )
-    pictures = loading.batch_size // aug_repeats
+    distinct_images = loading.batch_size // aug_repeats
     dataset: TrainingImages | StreamedTrainingImages
     sampler, num_workers = None, loading.num_workers
     if isinstance(source, ImageStream):
         # An epoch is rounded up to whole batches in every worker.
         whole_batches = source.reader.num_samples // (loading.batch_size * loading.num_replicas)
         num_workers = _share_stream(source, loading, min(num_workers, max(1, whole_batches)), seed)
-        dataset = StreamedTrainingImages(source, transform, pictures, seed, loading.skip_damaged, aug_repeats)
+        dataset = StreamedTrainingImages(source, transform, distinct_images, seed, loading.skip_damaged, aug_repeats)
     else:
         dataset = TrainingImages(source, transform, seed, loading.skip_damaged, aug_repeats)
         sampler = ResumableSampler(
             len(dataset),
-            pictures,
+            distinct_images,
             seed=seed,
             num_replicas=loading.num_replicas,
             rank=loading.rank,
@@ -314,7 +322,7 @@ def build_training_loader(
         )
     return TrainingLoader(
         dataset,
-        batch_size=pictures,
+        batch_size=distinct_images,
         sampler=sampler,
         num_workers=num_workers,
         collate_fn=partial(_collate_views, collate_fn or collate),
@@ -329,10 +337,10 @@ def build_training_loader(
 def build_evaluation_loader(
     source: ImageCollection | ImageStream, transform: Transform, loading: Loading, *, first: int = 0
 ) -> ImageLoader:
-    """Batches in order, as `collate` makes them, each picture in one process only; from picture number `first` on.
+    """A loader of batches in order, as `collate` makes them, from image number `first` on.
 
-    Damaged pictures are left out, so batches may be smaller, or empty. Those of a stream begin at its start, have no
-    "indices" and, with workers, no settled order.
+    Each image is seen in one process only. Damaged images are left out, so batches may be smaller, or empty. Batches of
+    a stream begin at its start, have no "indices" and, with workers, no settled order.
     """
     dataset: EvaluationImages | StreamedEvaluationImages
     sampler, num_workers = None, loading.num_workers
@@ -363,8 +371,6 @@ def _share_stream(source: ImageStream, loading: Loading, num_workers: int, seed:
     return num_workers
 
 
-def _collate_views(
-    collate_fn: Callable[[list[Sample]], dict[str, Any]], pictures: list[list[Sample]]
-) -> dict[str, Any]:
-    """The samples of each picture -> a batch of all."""
-    return collate_fn([sample for samples in pictures for sample in samples])
+def _collate_views(collate_fn: Callable[[list[Sample]], dict[str, Any]], views: list[list[Sample]]) -> dict[str, Any]:
+    """The views of each image -> a batch of all."""
+    return collate_fn([sample for samples in views for sample in samples])

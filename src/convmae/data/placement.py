@@ -1,6 +1,6 @@
-"""Where a part of a picture is seen in a picture of another size: cut out, resized, mirrored, padded.
+"""Where a part of an image is seen in an image of another size: cut out, resized, mirrored, padded.
 
-Pictures and what lies on them, masks or labels, are moved alike. C channels, h height and w width before, H and W
+Images and what lies on them, masks or labels, are moved alike. C channels, h height and w width before, H and W
 after.
 """
 
@@ -14,19 +14,19 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 from convmae.data.images import Crop
 
 MEAN_COLOUR = (124, 116, 104)
-"""Of ImageNet, RGB: padding is nearly zero once it is normalised."""
+"""Mean colour of ImageNet, RGB from 0 to 255, for padding: it is nearly zero once it is normalised."""
 
 
 class Placement(NamedTuple):
-    """A part of a picture, and the size to which it is resized."""
+    """A part of an image, and the size to which it is resized."""
 
     crop: Crop
     size: tuple[int, int]
-    """(H, W)."""
+    """Height and width in pixels, (H, W)."""
 
 
 def fitting_factor(size: tuple[int, int], room: tuple[float, float]) -> float:
-    """By which a picture of this size is resized to fit into the room, both (height, width)."""
+    """The factor by which an image of this size is resized to fit into the room, both (height, width)."""
     return min(room[0] / size[0], room[1] / size[1])
 
 
@@ -36,18 +36,18 @@ def resized(size: tuple[int, int], factor: float) -> tuple[int, int]:
 
 
 def whole(size: tuple[int, int], factor: float) -> Placement:
-    """All of a picture of this size, resized by the factor."""
+    """All of an image of this size, resized by the factor."""
     return Placement(Crop(0, 0, *size, mirrored=False), resized(size, factor))
 
 
 def random_part(
     size: tuple[int, int], factor: float, room: tuple[int, int], flip: float, numbers: random.Random
 ) -> Placement:
-    """What fills the room of a picture resized by the factor, at a random place, or all of it where it has room.
+    """A part at a random place that fills the room once it is resized by the factor, or all of an image that fits in.
 
     size and room: (height, width); flip: probability of being mirrored.
     """
-    # What will be cropped away is not resized. A crop begins and ends at whole pixels of the picture.
+    # What will be cropped away is not resized. A crop begins and ends at whole pixels of the image.
     (crop_height, new_height), (crop_width, new_width) = (
         (side, wanted) if wanted <= most else (min(side, max(1, round(most / factor))), most)
         for side, wanted, most in zip(size, resized(size, factor), room, strict=True)
@@ -62,13 +62,13 @@ def cut(pixels: Tensor, crop: Crop) -> Tensor:
 
 
 def placed_image(image: Tensor, placement: Placement) -> Tensor:
-    """The part of a picture uint8 (C, h, w), resized with antialiasing, not mirrored -> (C, H, W)."""
+    """The part of an image uint8 (C, h, w), resized with antialiasing, not mirrored -> (C, H, W)."""
     region = cut(image, placement.crop)
     return functional.resize(region, list(placement.size), InterpolationMode.BILINEAR, antialias=True)
 
 
 def placed_map(values: Tensor, placement: Placement) -> Tensor:
-    """The same of masks or labels uint8 (h, w), of which each new pixel takes the nearest -> (H, W)."""
+    """The part of masks or labels uint8 (h, w), each new pixel that of the nearest, not mirrored -> (H, W)."""
     region = cut(values, placement.crop)[None]
     return functional.resize(region, list(placement.size), InterpolationMode.NEAREST_EXACT)[0]
 

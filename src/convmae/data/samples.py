@@ -1,4 +1,4 @@
-"""What a transform makes of a picture, and how many of it become a batch: one form for all kinds of annotations.
+"""What a transform makes of an image, and how many of it become a batch: one form for all kinds of annotations.
 
 B batch, C channels, H height, W width.
 """
@@ -11,20 +11,21 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 Sample = dict[str, Any]
-"""A picture as a model sees it: an "image", uint8 (C, H, W) unless its transform says otherwise, and what that adds.
+"""What a model is given of an image: "image", uint8 (C, H, W) unless its transform says otherwise, and annotations.
 
-The loader adds "failed", names and reasons of damaged pictures, and where pictures have numbers an "index", in training
-a "key". A damaged picture that should be judged has these alone.
+The loader adds "failed", a list of the names and faults of damaged images. Where a source opens images by index it
+adds that, too: "index" in evaluation, "key", (epoch, index), in training. In evaluation a damaged image has no "image",
+only what the loader adds.
 """
 
 Transform = Callable[[BinaryIO, Any], Sample]
-"""An encoded picture and its annotation, which may be None -> a sample; raises UndecodableImageError.
+"""An encoded image and its annotation, which may be None -> a sample; raises UndecodableImageError.
 
-The annotation is what the source knows of the picture: None, the number of its class, or a value of its own.
+The annotation is what the source knows of the image: None, the number of its class, or a value of its own.
 """
 
 RandomTransform = Callable[[BinaryIO, Any, Sequence[int]], list[Sample]]
-"""An encoded picture, its annotation, and seeds -> a sample for each seed; raises UndecodableImageError."""
+"""An encoded image, its annotation, and seeds -> a sample for each seed; raises UndecodableImageError."""
 
 _PLURALS = {"index": "indices"}
 
@@ -36,7 +37,7 @@ class Unstacked(NamedTuple):
 
 
 def labelled(image: Any, label: Any) -> Sample:
-    """The sample of a picture that has a label, or None."""
+    """{"image": image, "label": label}, without "label" where that is None."""
     return {"image": image} if label is None else {"image": image, "label": label}
 
 
@@ -44,7 +45,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     """Samples with the same entries -> a batch, whose names are theirs in the plural: "images", "labels", "indices".
 
     Tensors are stacked, whole numbers become int64 (B,), anything else a list, Unstacked tensors, too; "failed" are
-    those of all samples. Damaged pictures are left out. A batch of nothing else has "images" and "indices" of length 0.
+    those of all samples. Damaged images are left out. A batch of nothing else has "images" and "indices" of length 0.
     """
     whole = [sample for sample in samples if "image" in sample]
     names = dict.fromkeys(["image", *(name for sample in samples for name in sample if name != "failed")])

@@ -40,12 +40,12 @@ _VERSION = 1  # to be raised when other scenes come to be drawn of the same argu
 
 _HOLE = 0.55  # radius of a ring's hole
 _CORNERS = {"triangle": (3, 1), "square": (4, 1), "star": (5, 2)}  # and to which next corner a side leads
-_DIAMETERS = (0.17, 0.45)  # of the circles around shapes; all lengths are shares of the picture's shorter side
+_DIAMETERS = (0.17, 0.45)  # of the circles around shapes; all lengths are shares of the image's shorter side
 _SPEEDS = (0.1, 0.4)  # lengths a unit of time
 _MOST_SHAPES = 6
 _FEWEST_PIXELS = 12  # a shape of which less can be seen is left out
 _EMPTY_EVERY = 20  # scenes, of which the last has no shapes
-_SMALLEST_SIDE = 32  # of a picture, in pixels
+_SMALLEST_SIDE = 32  # of an image, in pixels
 
 _LONGEST_SIDE = 768  # of the photographs, which are kept in memory
 _SMALLEST_CROP = 0.3  # of the largest one's sides
@@ -54,7 +54,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Scene(NamedTuple):
-    """A picture and its visible shapes; a shape covers those after it."""
+    """An image and its visible shapes; a shape covers those after it."""
 
     image: ndarray
     """uint8 (H, W, 3)."""
@@ -69,7 +69,7 @@ class Scene(NamedTuple):
 
 
 class _Shape(NamedTuple):
-    """What a shape is but for its colours; lengths are shares of the picture's shorter side."""
+    """What a shape is but for its colours; lengths are shares of the image's shorter side."""
 
     label: int
     radius: float
@@ -82,9 +82,9 @@ def draw_scene(index: int, image_size: tuple[int, int] = (128, 128), seed: int =
     """The scene of this index, (H, W) pixels; every twentieth has no shapes.
 
     With `time` the shapes move, each with a velocity of its own, by whole pixels; a unit takes them 0.1 to 0.4 of the
-    picture's shorter side. At another size of the same aspect ratio the scene is the same.
+    image's shorter side. At another size of the same aspect ratio the scene is the same.
 
-    Raises UserError for pictures too small to tell the shapes, and where the photographs are not installed.
+    Raises UserError for images too small to tell the shapes, and where the photographs are not installed.
     """
     height, width = image_size
     unit = min(height, width)
@@ -129,7 +129,7 @@ def write_scenes(
     coco: train2017/*.jpg and val2017/*.jpg with boxes and masks (as run lengths) in
     annotations/instances_train2017.json and annotations/instances_val2017.json. ade20k: images/training/*.jpg and
     images/validation/*.jpg with label maps in annotations/training/*.png and annotations/validation/*.png, the names of
-    the classes in classes.txt. Pictures are named after their indices. The same validation scenes go with any number of
+    the classes in classes.txt. Images are named after their indices. The same validation scenes go with any number of
     training scenes. A folder that holds the scenes of these arguments is left as it is. Only one process may write.
 
     Raises UserError where it holds anything else, and for what draw_scene refuses.
@@ -171,8 +171,8 @@ def _written_arguments(folder: Path, layout: Layout) -> dict[str, Any] | None:
         return None
 
 
-def _write_picture(folder: Path, index: int, arguments: dict[str, Any]) -> tuple[Scene, str]:
-    """Draw a scene and write its picture into the folder; returns it and the file's name."""
+def _write_image(folder: Path, index: int, arguments: dict[str, Any]) -> tuple[Scene, str]:
+    """Draw a scene and write its image into the folder; returns it and the file's name."""
     scene = draw_scene(index, tuple(arguments["image_size"]), arguments["seed"])
     name = f"{index:012d}.jpg"
     Image.fromarray(scene.image).save(folder / name, quality=95, subsampling="4:4:4")
@@ -197,13 +197,13 @@ def _write_coco(folder: Path, training: range, validation: range, info: dict[str
 def _write_coco_split(
     folder: Path, indices: range, arguments: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Write the pictures of these scenes into a new folder; returns COCO's entries of images and of annotations."""
+    """Write the images of these scenes into a new folder; returns COCO's entries of images and of annotations."""
     folder.mkdir()
     height, width = arguments["image_size"]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in indices:
-        scene, name = _write_picture(folder, index, arguments)
+        scene, name = _write_image(folder, index, arguments)
         images.append({"id": index, "file_name": name, "height": height, "width": width})
         for mask, label in zip(scene.masks, scene.labels.tolist(), strict=True):
             rows, columns = numpy.flatnonzero(mask.any(axis=1)), numpy.flatnonzero(mask.any(axis=0))
@@ -237,7 +237,7 @@ def _write_ade20k(folder: Path, training: range, validation: range, info: dict[s
         images.mkdir(parents=True)
         annotations.mkdir(parents=True)
         for index in indices:
-            scene, name = _write_picture(images, index, info["arguments"])
+            scene, name = _write_image(images, index, info["arguments"])
             labels = Image.fromarray(scene.label_map())
             labels.putpalette([part for colour in _LABEL_COLOURS for part in colour])
             labels.save((annotations / name).with_suffix(".png"))
@@ -252,7 +252,7 @@ _WRITERS = {"coco": _write_coco, "ade20k": _write_ade20k}
 
 
 def _draw_shapes(generator: numpy.random.Generator, height: float, width: float) -> list[_Shape]:
-    """Shapes that at time 0 lie mostly inside the picture and leave at least half of each other to be seen."""
+    """Shapes that at time 0 lie mostly inside the image and leave at least half of each other to be seen."""
     shapes: list[_Shape] = []
     for _ in range(generator.integers(1, _MOST_SHAPES + 1)):
         radius = generator.uniform(*_DIAMETERS) / 2

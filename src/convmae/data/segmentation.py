@@ -1,4 +1,4 @@
-"""How pictures with a class for each pixel are varied or fitted for a segmenter.
+"""How images with a class for each pixel are varied or fitted for a segmenter.
 
 C channels, H height, W width.
 """
@@ -31,12 +31,12 @@ from convmae.errors import UserError
 from convmae.labels import IGNORED
 from convmae.seeds import seeded
 
-_LONGEST_SIDE = 4  # times the shorter side; beyond that a picture is resized by its longer one
+_LONGEST_SIDE = 4  # times the shorter side; beyond that an image is resized by its longer one
 _MOST_DRAWS = 10  # of a crop's place
 
 
 class RandomScaleCrop:
-    """A labelled picture resized by a random factor, of which a part is cropped or padded to one size, and varied."""
+    """A labelled image resized by a random factor, of which a part is cropped or padded to one size, and varied."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class RandomScaleCrop:
         largest_share: which no class should reach in a crop, 1 for any; distortion: probability of each change of the
         colours.
         """
-        pillow_mode(in_channels)  # refuses what no picture has before the run begins
+        pillow_mode(in_channels)  # refuses what no image has before the run begins
         if min(image_size) < 1 or not 0 < scale[0] <= scale[1] < math.inf:
             raise UserError(f"a crop needs a positive size and 0 < scale: not {image_size} and {scale}")
         if not (0 < largest_share <= 1 and 0 <= flip <= 1 and 0 <= distortion <= 1):
@@ -66,7 +66,7 @@ class RandomScaleCrop:
         self._distort = _photometric_distortion(distortion) if distortion else None
 
     def __call__(self, file: BinaryIO, annotation: LabelMap, seeds: Sequence[int]) -> list[Sample]:
-        """An encoded picture, decoded once -> a sample for each seed; raises UndecodableImageError.
+        """An encoded image, decoded once -> a sample for each seed; raises UndecodableImageError.
 
         {"image": uint8 (C, H, W), "label": each pixel's, uint8 (H, W)}; what is padded is IGNORED.
         """
@@ -87,7 +87,7 @@ class RandomScaleCrop:
         return samples
 
     def draw(self, labels: Tensor, seed: int) -> Placement:
-        """The part of a picture with these labels (h, w) that is seen, and the size to which it is resized.
+        """The part of an image with these labels (h, w) that is seen, and the size to which it is resized.
 
         Its place is drawn until no class has too large a share, ten times at most.
         """
@@ -101,7 +101,7 @@ class RandomScaleCrop:
         return placement
 
     def _distorted(self, image: Tensor, seed: int) -> Tensor:
-        """The same picture, uint8 (C, H, W), in other colours."""
+        """The same image, uint8 (C, H, W), in other colours."""
         if self._distort is None:
             return image
         with seeded(seed):
@@ -110,10 +110,10 @@ class RandomScaleCrop:
 
 
 class ResizeShorterSide:
-    """A whole picture, labelled or not, resized once or at several scales; its labels stay as they are."""
+    """A whole image, labelled or not, resized once or at several scales; its labels stay as they are."""
 
     def __init__(self, shorter_side: int, in_channels: int = 3, scales: Sequence[float] = (1.0,)) -> None:
-        """shorter_side: pixels, and the longer side at most four times as many; scales: times which, one a view."""
+        """shorter_side: pixels, and the longer side at most four times as many; scales: factors of it, one a view."""
         pillow_mode(in_channels)
         if shorter_side < 1 or not scales or not all(0 < scale < math.inf for scale in scales):
             raise UserError(
@@ -122,7 +122,7 @@ class ResizeShorterSide:
         self.shorter_side, self.in_channels, self.scales = shorter_side, in_channels, tuple(scales)
 
     def __call__(self, file: BinaryIO, annotation: LabelMap | None = None) -> Sample:
-        """An encoded picture -> its views, and the labels of its pixels.
+        """An encoded image -> its views, and the labels of its pixels.
 
         {"image": uint8 (C, h, w) of each scale, "label": Unstacked uint8 (H, W), "original_size": (H, W)}, without an
         annotation no "label". Raises UndecodableImageError.
@@ -136,14 +136,14 @@ class ResizeShorterSide:
 
 
 def _factor(size: tuple[int, int], shorter_side: float) -> float:
-    """By which a picture is resized to this shorter side, or less where its longer one would be too long."""
+    """The factor by which an image is resized to this shorter side, less where its longer one would be too long."""
     height, width = size
     longer_side = _LONGEST_SIDE * shorter_side
     return fitting_factor(size, (longer_side, shorter_side) if height > width else (shorter_side, longer_side))
 
 
 def _largest_share(labels: Tensor) -> float:
-    """Of the most frequent class among all pixels with one; 1 without any."""
+    """The share of the most frequent class among all pixels that have one; 1 where none has."""
     counts = labels.flatten().bincount(minlength=IGNORED + 1)[:IGNORED]
     return float(counts.max() / counts.sum()) if counts.any() else 1.0
 

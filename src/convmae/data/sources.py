@@ -1,6 +1,6 @@
-"""Where pictures come from: a folder, shards, the Hugging Face hub or the demo; with classes, see `labelled`.
+"""Where images come from: a folder, shards, the Hugging Face hub or the demo; with classes, see `labelled`.
 
-A source hands out encoded pictures: by index (ImageCollection), or one after the other (ImageStream). timm's
+A source hands out encoded images: by index (ImageCollection), or one after the other (ImageStream). timm's
 readers find them; nothing is decoded here.
 """
 
@@ -24,34 +24,38 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 class ImageCollection:
-    """Encoded pictures that are opened by index; `classes` names their classes, where they have any."""
+    """Encoded images that are opened by index; `classes` names their classes, where they have any."""
 
-    def __init__(self, name: str, reader: Any, picture_name: Callable[[int], str], classes: Sequence[str] = ()) -> None:
-        self.name, self.picture_name, self.classes, self._reader = name, picture_name, list(classes), reader
+    def __init__(self, name: str, reader: Any, image_name: Callable[[int], str], classes: Sequence[str] = ()) -> None:
+        self.name, self.image_name, self.classes, self._reader = name, image_name, list(classes), reader
 
     def __len__(self) -> int:
         return len(self._reader)
 
     def open(self, index: int) -> BinaryIO:
-        """The encoded picture number `index`, 0 <= index < len(self); the caller closes it."""
+        """The encoded image number `index`, 0 <= index < len(self); the caller closes it."""
         return self._reader[index][0]
 
     def open_annotated(self, index: int) -> tuple[BinaryIO, Any]:
-        """The same with what is known of it, its annotation: here the number of its class, None if it has none."""
+        """The encoded image number `index` and its annotation: the number of its class, None where it has no class.
+
+        The caller closes the file. Subclasses have annotations of their own.
+        """
         file, label = self._reader[index]
         return file, int(label) if self.classes and label is not None else None
 
 
-class StreamedPicture(NamedTuple):
-    """An encoded picture that a stream has just read."""
+class StreamedImage(NamedTuple):
+    """An encoded image that a stream has just read."""
 
     name: Callable[[], str]
+    """Finds out what it is called."""
     open_annotated: Callable[[], tuple[BinaryIO, Any]]
-    """Opens it and tells its annotation as `ImageCollection.open_annotated` does."""
+    """Opens the file, which the caller closes, and tells the number of its class, None where it has no class."""
 
 
 class ImageStream:
-    """Encoded pictures one after the other, this rank's and worker's share of the shards.
+    """Encoded images one after the other, this rank's and worker's share of the shards.
 
     `classes` names their classes, where they have any. Streams made for training are shuffled.
     """
@@ -60,7 +64,7 @@ class ImageStream:
         self.name, self.num_shards, self.reader, self.classes = name, num_shards, reader, list(classes)
 
     def configure(self, batch_size: int, num_workers: int, num_replicas: int, rank: int, seed: int) -> None:
-        """Tells timm's reader who reads; before the first iteration."""
+        """Tell timm's reader which share to read, and in which order; to be called before the first iteration."""
         self.reader.batch_size, self.reader.common_seed = batch_size, seed
         self.reader.dist_num_replicas, self.reader.dist_rank = num_replicas, rank
         self.reader.set_loader_cfg(num_workers=max(1, num_workers))
@@ -69,33 +73,33 @@ class ImageStream:
         """Samples an epoch on this rank, rounded up to whole batches in every worker."""
         return len(self.reader)
 
-    def __iter__(self) -> Iterator[StreamedPicture]:
-        """Yields pictures; raises UserError where the stream breaks."""
+    def __iter__(self) -> Iterator[StreamedImage]:
+        """Yields each image of one epoch; raises UserError where the stream breaks."""
         try:
             if self.reader.ds is None:
                 self._start()
-            pictures = iter(self.reader)
-            while (found := next(pictures, None)) is not None:
+            images = iter(self.reader)
+            while (found := next(images, None)) is not None:
                 yield self._named(*found)
         except UserError:
             raise
         except Exception as error:  # of files and networks, through several libraries
             raise UserError(f"{self.name} cannot be read any further: {_reason(error)}") from error
 
-    def repeated(self) -> Iterator[StreamedPicture]:
-        """The same without end; raises UserError where a worker has no shard, too."""
+    def repeated(self) -> Iterator[StreamedImage]:
+        """Yields images without end, epoch after epoch; raises UserError where the stream breaks or is empty."""
         while True:
             empty = True
-            for picture in self:
+            for image in self:
                 empty = False
-                yield picture
+                yield image
             if empty:
                 raise UserError(f"{self.name}: a worker has no shard to read: use fewer processes or more shards")
 
     def _start(self) -> None:
         raise NotImplementedError
 
-    def _named(self, encoded: Any, key: Any) -> StreamedPicture:
+    def _named(self, encoded: Any, key: Any) -> StreamedImage:
         raise NotImplementedError
 
 
@@ -115,11 +119,11 @@ class _ShardStream(ImageStream):
                 seed=mixed_seed(self.reader.common_seed, self.reader.global_worker_id),
                 epoch=self.reader.epoch_count,
             ),
-            reader_wds.wds.map(_shard_picture),
+            reader_wds.wds.map(_shard_image),
         ]
 
-    def _named(self, encoded: bytes, key: str) -> StreamedPicture:
-        return StreamedPicture(lambda: key, lambda: (io.BytesIO(encoded), None))
+    def _named(self, encoded: bytes, key: str) -> StreamedImage:
+        return StreamedImage(lambda: key, lambda: (io.BytesIO(encoded), None))
 
 
 class _HuggingFaceStream(ImageStream):
@@ -128,11 +132,11 @@ class _HuggingFaceStream(ImageStream):
     def _start(self) -> None:
         import datasets
 
-        # Otherwise the reader decodes, and one damaged picture ends the stream.
+        # Otherwise the reader decodes, and one damaged image ends the stream.
         self.reader._lazy_init()
         self.reader.ds = self.reader.ds.cast_column(self.reader.input_key, datasets.Image(decode=False))
 
-    def _named(self, encoded: dict[str, Any] | None, key: Any) -> StreamedPicture:
+    def _named(self, encoded: dict[str, Any] | None, key: Any) -> StreamedImage:
         data, path = (encoded["bytes"], encoded["path"]) if encoded else (b"", None)
 
         def name() -> str:
@@ -145,14 +149,14 @@ class _HuggingFaceStream(ImageStream):
             file = fsspec.open(path, "rb").open() if data is None else io.BytesIO(data)
             return file, key if self.classes else None
 
-        return StreamedPicture(name, open_annotated)
+        return StreamedImage(name, open_annotated)
 
 
 def open_images(data: str | Path, split: str = "train") -> ImageCollection | ImageStream:
-    """Where pictures come from.
+    """Find the images that `data` names, without their classes.
 
-    data: a folder with pictures at any depth; `wds/FOLDER/shards-{0000..0003}.tar` (WebDataset; `|N` appended
-    gives the number of pictures, otherwise local shards are counted); `hfds/NAME` (Hugging Face data set, a
+    data: a folder with images at any depth; `wds/FOLDER/shards-{0000..0003}.tar` (WebDataset; `|N` appended
+    gives the number of images, otherwise local shards are counted); `hfds/NAME` (Hugging Face data set, a
     hub name or a local folder); `hfids/NAME` (the same, streamed; `|N` where their number is unknown); or
     `demo`. split: of a Hugging Face data set; elsewhere unused. Raises UserError where there is nothing to
     read.
@@ -169,7 +173,7 @@ def open_images(data: str | Path, split: str = "train") -> ImageCollection | Ima
 
 
 class FileReader:
-    """Picture files: reader[index] -> (binary file, label 0)."""
+    """Image files: reader[index] -> (binary file, label 0)."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = list(paths)
@@ -182,15 +186,15 @@ class FileReader:
 
 
 def open_files(name: str, paths: Sequence[str]) -> ImageCollection:
-    """Picture files in the given order, each called by its path. They are opened when they are read."""
+    """Image files in the given order, each called by its path. They are opened when they are read."""
     return ImageCollection(name, FileReader(paths), list(paths).__getitem__)
 
 
 def found_part(folder: str, data: Path | None, usual: str, given: Path | None, flag: str) -> Path:
     """A part of a data set: `given`, or else the `usual` one in `data`.
 
-    folder: what such a data set's folder is called; flag: what the user calls `given`. Raises UserError where the part
-    does not exist.
+    folder: what messages call the folder of such a data set; flag: the command's name of `given`. Raises UserError
+    where the part does not exist.
     """
     if given is None and data is None:
         raise UserError(f"there is no {usual} without {folder}: give it as --data, or another path with {flag}")
@@ -232,9 +236,9 @@ def _open_shards(data: str, location: str) -> ImageStream:
     if missing:
         raise UserError(f"the shard {missing[0]} does not exist: check {{first..last}} in {data}")
     if not local and num_samples is None:
-        raise UserError(f"remote shards cannot be counted: append the number of pictures, {data}|N")
+        raise UserError(f"remote shards cannot be counted: append the number of images, {data}|N")
     if num_samples is None:
-        num_samples = sum(map(_count_pictures, shards))
+        num_samples = sum(map(_count_images, shards))
     if not num_samples:
         raise UserError(f"the shards of {data} hold no images: accepted are {' '.join(EXTENSIONS)}")
     reader = create_reader("wds/", root=folder, split=pattern, is_training=True, num_samples=num_samples)
@@ -254,7 +258,7 @@ def _open_hugging_face(data: str, prefix: str, location: str, split: str) -> Ima
             raise UserError(f"{data} has no column of images: its columns are {', '.join(features)}")
         # The columns of local files are unknown until they are read; `datasets` then calls theirs "image".
         column = columns[0] if columns else "image"
-        # timm requires a label column; naming the pictures' own column as the label makes do without.
+        # timm requires a label column; naming the images' own column as the label makes do without.
         if prefix == "hfids":
             return stream_hugging_face(data, name, split, column, column, num_samples)
         reader = create_reader(f"hfds/{name}", split=split, input_key=column, target_key=column)
@@ -271,10 +275,11 @@ def stream_hugging_face(
     classes: Sequence[str] = (),
     shuffled: bool = True,
 ) -> ImageStream:
-    """The pictures of a column of a Hugging Face data set, and the classes in another where there are any.
+    """A stream of the images in one column of a Hugging Face data set, and of their classes in another.
 
-    data: how the user calls it; name: how the hub does; num_samples: how many pictures there are, where the data set
-    does not tell. Raises UserError where a shuffled stream does not know, and the many errors of `datasets`.
+    data: what the user calls it, for messages; name: the hub's name or a local folder; target: the column of classes,
+    whose names `classes` are. num_samples: how many images there are, where the data set does not tell. Raises
+    UserError where a shuffled stream does not know, and whatever `datasets` raises.
     """
     if num_samples is None and not shuffled:
         num_samples = 1  # timm's reader asks for it and does not use it
@@ -301,7 +306,7 @@ def parse_location(data: str, location: str) -> tuple[str, int | None]:
     if not location:
         raise UserError(f"{data} names no data: add a name or a folder, {str(data).partition('/')[0]}/NAME")
     if separator and not (count.isdecimal() and int(count)):
-        raise UserError(f"{data}: after | comes the number of pictures, not {count!r}")
+        raise UserError(f"{data}: after | comes the number of images, not {count!r}")
     return location, int(count) if separator else None
 
 
@@ -323,7 +328,7 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _count_pictures(shard: str) -> int:
+def _count_images(shard: str) -> int:
     try:
         with tarfile.open(shard) as members:
             return sum(Path(name).suffix.lower() in EXTENSIONS for name in members.getnames())
@@ -331,8 +336,8 @@ def _count_pictures(shard: str) -> int:
         raise UserError(f"the shard {shard} cannot be read, write it again: {error}") from error
 
 
-def _shard_picture(sample: dict[str, Any]) -> dict[str, Any]:
-    """The first picture of a WebDataset sample and its name, under the keys that timm's reader passes on."""
+def _shard_image(sample: dict[str, Any]) -> dict[str, Any]:
+    """The first image of a WebDataset sample and its name, under the keys that timm's reader passes on."""
     fields = [field for field in sample if f".{field.rpartition('.')[2].lower()}" in EXTENSIONS]
     name = f"{Path(sample.get('__url__', '')).name}/{sample['__key__']}"
     return {"image": sample[fields[0]] if fields else b"", "target": name}

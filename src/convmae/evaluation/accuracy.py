@@ -18,13 +18,16 @@ class Accuracy:
     """Shares in [0, 1] over all images; `confusion` (N, N) counts images by true class (row) and predicted class."""
 
     top1: float
+    """Of images whose class is the most probable one."""
     top5: float
+    """Of images whose class is among the five most probable."""
     loss: float
+    """Mean cross-entropy."""
     confusion: Tensor
 
     @property
     def score(self) -> float:
-        """What makes one model better than another."""
+        """The figure in [0, 1] by which the best model is kept: top1."""
         return self.top1
 
     @property
@@ -38,10 +41,13 @@ class Accuracy:
 
 
 @torch.inference_mode()
-def evaluate(fabric: Fabric, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Accuracy:
-    """Accuracy of `model` (images -> logits) over this process's batches (images, labels) and everybody else's.
+def judge_classifier(
+    fabric: Fabric, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_classes: int
+) -> Accuracy:
+    """Accuracy of `model` (images -> logits) on the batches of all processes together, the same in each of them.
 
-    The model is put into evaluation mode and back. With fewer than five classes top5 is 1.
+    batches: this process's, images (B, C, H, W) and labels (B,) on its device. The model is put into evaluation mode
+    and back. With fewer than five classes top5 is 1.
     """
     metrics = _Metrics(num_classes, fabric.device)
     was_training = model.training
@@ -54,8 +60,8 @@ def evaluate(fabric: Fabric, model: nn.Module, batches: Iterable[tuple[Tensor, T
     return metrics.compute()
 
 
-def judge(logits: Tensor, labels: Tensor, num_classes: int) -> Accuracy:
-    """Accuracy of scores (N, num_classes) for the true classes (N,)."""
+def judge_logits(logits: Tensor, labels: Tensor, num_classes: int) -> Accuracy:
+    """Accuracy of the logits (or other scores) of N images, (N, num_classes), for their true classes (N,)."""
     metrics = _Metrics(num_classes, logits.device)
     metrics.update(logits, labels)
     return metrics.compute()

@@ -1,6 +1,6 @@
 """How well objects are found: COCO's average precision and recall, of boxes and of masks.
 
-faster-coco-eval does the counting. N detections of a picture, H height, W width.
+faster-coco-eval does the counting. N detections of an image, H height, W width.
 """
 
 import logging
@@ -35,7 +35,7 @@ class CocoFigures:
     APl: float
     """AP of large objects, of more than 96x96 pixels."""
     AR1: float
-    """Average recall of the best detection of each class in a picture."""
+    """Average recall of the best detection of each class in an image."""
     AR10: float
     AR100: float
     ARs: float
@@ -46,11 +46,11 @@ class CocoFigures:
 
 
 def coco_results(image_id: int, detections: Mapping[str, Tensor], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """The detections of a picture as COCO's results, which JSON can hold.
+    """The detections of an image as COCO's results, which JSON can hold.
 
-    detections: "boxes" (N, 4), left, top, right and bottom in pixels of the picture, "labels" (N,) from 1, "scores"
-    (N,) and "masks", bool or uint8 (N, H, W). category_ids: of label L the one at L - 1. Raises UserError without
-    faster-coco-eval.
+    detections: "boxes" (N, 4), left, top, right and bottom in pixels of the image, "labels" (N,) from 1, "scores"
+    (N,) and "masks", bool or uint8 (N, H, W). category_ids: COCO's ids, that of label L at L - 1. Raises
+    UserError without faster-coco-eval.
     """
     _require_library()
     from faster_coco_eval.core import mask

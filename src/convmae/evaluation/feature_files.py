@@ -78,7 +78,7 @@ class FeatureParts:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is waiting."""
+        """Write the features that were added since the last part as a part of their own."""
         if not self._waiting:
             return
         tensors = {name: torch.cat([getattr(part, name) for part in self._waiting]) for name in _Part._fields}
@@ -210,7 +210,7 @@ def _write_parquet(
 
 
 def _regrouped(features: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
-    """The same rows in groups of equal length, the last one excepted, wherever the parts began."""
+    """The rows of all parts in groups of `rows`, but for the last one, wherever the parts began."""
     waiting: Tensor | None = None
     for part in features:
         waiting = part if waiting is None else torch.cat([waiting, part])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def extract_features(
     fabric: Fabric, model: nn.Module, batches: Iterable[Mapping[str, Any]], stage: int | None = None
 ) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-    """Yield (features, batch) for each batch whose "images" are uint8 (B, C, H, W); float32, on the CPU.
+    """Yield (features, batch) for each batch with "images", uint8 (B, C, H, W); features are float32, on the CPU.
 
     model: a classifier by timm's contract, put into evaluation mode. stage: None for pooled features (B, C), the
     input of the classifier's last layer; 1, 2 or 3 for the map of that stage (B, H / f, W / f, C) with f = 4, 8, 16.

@@ -25,7 +25,7 @@ class LinearProbe:
     """The L2 regularisation that was chosen: half of it times the squared weights of standardised features."""
 
     def logits(self, features: Tensor) -> Tensor:
-        """(N, C) -> (N, M)."""
+        """Features (N, C) -> logits (N, M), float32."""
         return features.float() @ self.weight.T + self.bias
 
 

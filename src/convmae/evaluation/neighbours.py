@@ -1,4 +1,4 @@
-"""Nearest neighbours by cosine similarity: of pictures, and as a classifier without training.
+"""Nearest neighbours by cosine similarity: of images, and as a classifier without training.
 
 Shape letters: N images of the collection, Q queries, C channels, k neighbours.
 """

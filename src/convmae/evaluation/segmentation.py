@@ -47,7 +47,7 @@ class SegmentationQuality:
 
     @property
     def score(self) -> float:
-        """What makes one model better than another."""
+        """The figure in [0, 1] by which the best model is kept: mIoU, 0 where there is none."""
         return 0.0 if math.isnan(self.mIoU) else self.mIoU
 
     @property
@@ -61,7 +61,7 @@ class SegmentationQuality:
 
 
 class SegmentationMetrics:
-    """torchmetrics' confusion matrix, which adds up over pictures and processes."""
+    """torchmetrics' confusion matrix, which adds up over images and processes."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         # The checks would take as long as the counting, and more: they sort all pixels.
@@ -75,5 +75,5 @@ class SegmentationMetrics:
         self._confusion.update(predicted.to(self._device), labels.to(self._device))
 
     def compute(self) -> SegmentationQuality:
-        """The quality of what all processes counted, the same in each of them, which all must ask for it."""
+        """The quality of what all processes counted, the same in each of them; every process must call this."""
         return SegmentationQuality(self._confusion.compute().cpu())

@@ -31,7 +31,7 @@ class Backbone(Protocol):
         """The maps of `feature_info`; called with "NHWC", for (B, H / f, W / f, C), and for the maps alone."""
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images to what the network takes; float images pass through."""
+        """uint8 images (B, C, H, W) to the normalised floats that the network takes; float images pass through."""
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which of its parameters belong to one layer, in timm's words."""

@@ -82,7 +82,7 @@ class Classifier(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The same as one dictionary: arguments that make the same model."""
+        """What a weights file records as one dictionary: arguments that make the same model."""
         return weights.flat(self.description)
 
     @property
@@ -125,7 +125,7 @@ class Classifier(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The maps of the encoder's stages; see ConvViT."""
+        """The maps of the encoder's stages, by timm's contract; arguments and results are ConvViT's."""
         return self.encoder.forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
 
     def prune_intermediate_layers(

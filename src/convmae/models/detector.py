@@ -297,7 +297,7 @@ class Detector(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The same as one dictionary: arguments that make the same detector."""
+        """What a weights file records as one dictionary: arguments that make the same model."""
         known = weights.flat(self.description)
         if isinstance(self.encoder, ConvViT):
             known["pos_embed_size"] = self.encoder.image_size
@@ -319,7 +319,7 @@ class Detector(nn.Module):
         """The losses in training mode, what torchvision's heads detect in evaluation mode.
 
         images: (B, C, H, W), uint8 or normalised float, H and W multiples of 32. targets: of each image, in training.
-        sizes: height and width of the picture inside each image, from its top left corner; by default the whole image.
+        sizes: height and width of each image without its padding, which is right and below; by default all is image.
 
         Returns DetectionLosses, or for each image boxes (N, 4), labels (N,), scores (N,) and masks (N, 1, 28, 28),
         which are probabilities inside their boxes. All boxes are in pixels of `images`.
@@ -351,11 +351,11 @@ class Detector(nn.Module):
     ) -> list[Target]:
         """What is in each image, in evaluation mode: at most 100 objects, the most probable first.
 
-        images, sizes: see `forward`. original_sizes: height and width of each picture before it was resized to `sizes`;
+        images, sizes: see `forward`. original_sizes: height and width of each image before it was resized to `sizes`;
         by default the same.
 
         Returns for each image boxes (N, 4), labels (N,) from 1 on, scores (N,) in [0, 1] and masks (N, H, W) bool, in
-        pixels of the original picture. Raises UserError in training mode.
+        pixels of the original image. Raises UserError in training mode.
         """
         if self.training:
             raise UserError("a detector in training mode learns: call its eval() first")
@@ -387,7 +387,7 @@ class Detector(nn.Module):
 
 
 def fit_detector(state: weights.StateDict, model: Detector) -> weights.StateDict:
-    """Make the weights of any model with an encoder fit a detector; see `fit_downstream`."""
+    """Make the weights of any model with an encoder fit a detector, which keeps its own where they lack a part."""
     last_layers = (boxes := "roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
     return fit_downstream(state, model.state_dict(), last_layers, f"{boxes}cls_score.bias", background=1)
 
@@ -408,7 +408,7 @@ class _ProposalHead(RPNHead):
 
 
 class _BoxPredictor(FastRCNNPredictor):
-    """The same for the second stage."""
+    """Its boxes and scores in float32, too: the heads of the second stage."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores, boxes = super().forward(x)
@@ -420,7 +420,7 @@ class _RegionPooling(MultiScaleRoIAlign):
 
     def __init__(self, side: int, strides: Sequence[int]) -> None:
         super().__init__([str(level) for level in range(len(strides))], side, sampling_ratio=2)
-        # torchvision guesses the strides from the first pictures, wrongly where they fill a part of their images.
+        # torchvision guesses the strides from the first images, wrongly where these are padded.
         self.scales = [1 / stride for stride in strides]
         self.map_levels = LevelMapper(int(log2(strides[0])), int(log2(strides[-1])))
 

@@ -21,7 +21,7 @@ from convmae.models.encoder import ConvViT
 from convmae.models.fitting import fit_downstream
 
 _SMALLEST = 3 * PATCH  # pixels along a side, so that the convolution to stride 32 finds three cells
-_CLASSES_AT_A_TIME = 16  # of scores in the size of a large picture: all 150 of 12 megapixels are 7 GB
+_CLASSES_AT_A_TIME = 16  # of scores in the size of a large image: all 150 of 12 megapixels are 7 GB
 
 
 class UperNetHead(nn.Module):
@@ -191,7 +191,7 @@ class Segmenter(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The same as one dictionary: arguments that make the same segmenter."""
+        """What a weights file records as one dictionary: arguments that make the same model."""
         return weights.flat(self.description)
 
     @property
@@ -300,7 +300,7 @@ class Segmenter(nn.Module):
         size = (views[0].shape[-2], views[0].shape[-1]) if size is None else size
         if len(views) == 1 and not flip:
             return _most_probable(self.slide(views[0], window, stride, windows_at_a_time), size)
-        # They meet in the size of the largest, and only their mean is resized to a picture that is larger still.
+        # They meet in the size of the largest, and only their mean is resized to an answer that is larger still.
         common = tuple(
             min(side, max(view.shape[axis] for view in views)) for side, axis in zip(size, (-2, -1), strict=True)
         )
@@ -330,7 +330,7 @@ class Segmenter(nn.Module):
 
 
 def fit_segmenter(state: weights.StateDict, model: Segmenter) -> weights.StateDict:
-    """Make the weights of any model with an encoder fit a segmenter; see `fit_downstream`."""
+    """Make the weights of any model with an encoder fit a segmenter, which keeps its own where they lack a part."""
     last_layers = ("decode_head.conv_seg.", "auxiliary_head.conv_seg.")
     return fit_downstream(state, model.state_dict(), last_layers, "decode_head.conv_seg.bias")
 

@@ -32,7 +32,7 @@ makes of NAME and, where given, of `in_channels`, `drop_path` and whatever else 
 
 # What stands on the tiny encoder. On the others it has the paper's sizes, which are its own defaults.
 TINY_DECODER = {"decoder_width": 128, "decoder_depth": 2, "decoder_num_heads": 4}
-TINY_DETECTOR = {  # for pictures of 128 pixels or so
+TINY_DETECTOR = {  # for images of 128 pixels or so
     "window": 4,
     "head_width": 48,
     "box_width": 256,

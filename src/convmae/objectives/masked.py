@@ -122,7 +122,7 @@ class ConvMAE(Objective):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The same as one dictionary: arguments that make the same model."""
+        """What a weights file records as one dictionary: arguments that make the same model."""
         return weights.flat(self.description)
 
     @property

@@ -26,8 +26,9 @@ class Objective(nn.Module, ABC):
     tiny: ClassVar[Mapping[str, Any]] = {}
     """Its own settings on the tiny encoder."""
     tensor: ClassVar[str] = ""
-    """By which a published file of it, or one of an earlier version, is known; empty where there is none."""
+    """Name of a tensor by which a published file, or one of an earlier version, is known; empty where there is none."""
     encoder: Any
+    """What is kept after pretraining; it has `set_grad_checkpointing`."""
 
     @property
     @abstractmethod

@@ -24,7 +24,7 @@ def cut_patches(images: Tensor) -> Tensor:
 
 
 def take_patches(patches: Tensor, packing: Packing) -> Tensor:
-    """Those of the packing's tokens: (B, L, 16, 16, C) -> (n*B, K, 16, 16, C), n sets of tokens for each image."""
+    """The patches of the packing's tokens: (B, L, 16, 16, C) -> (n*B, K, 16, 16, C), n sets of tokens an image."""
     image = torch.arange(packing.index.shape[0], device=patches.device)[:, None] % patches.shape[0]
     return patches[image, packing.index]
 

@@ -1,1 +1,1 @@
-"""What is a run's own besides its course: pretraining, and each task with labels: its job, its judge, its pictures."""
+"""What is trained in runs: pretraining and each task with labels, with its job, its judge and its pictures."""

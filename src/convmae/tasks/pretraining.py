@@ -1,4 +1,4 @@
-"""Pretraining as a run's job: crops of unlabelled images, an objective's loss, pictures of what it makes of images."""
+"""Pretraining as a run's job: crops of unlabelled images, an objective's loss, pictures of its reconstructions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,21 +14,21 @@ from convmae.data.loading import Loading, TrainingImages, build_training_loader
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError, check_choice
 from convmae.objectives import Objective
-from convmae.training.run import Job, Judgement, Supervision
+from convmae.training.run import Job, Judgement, StepLoss
 from convmae.visualize import reconstruction_picture
 
 _EXAMPLES = 6  # images in a picture
 
 
-class SelfSupervised(nn.Module):
+class ObjectiveTraining(nn.Module):
     """An objective as the training loop takes it: images (B, C, H, W) -> its loss."""
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self.objective = objective
 
-    def forward(self, images: Tensor) -> Supervision:
-        return Supervision(self.objective.training_loss(images).loss)
+    def forward(self, images: Tensor) -> StepLoss:
+        return StepLoss(self.objective.training_loss(images).loss)
 
 
 class PretrainingJob(Job[Objective, Judgement]):
@@ -49,13 +49,15 @@ class PretrainingJob(Job[Objective, Judgement]):
         decode: str = "cpu",
         pictures_every_epochs: int = 0,
     ) -> None:
-        """crop: of each image, a random one. folder: the run's. decode: "gpu" where the device decodes.
+        """crop: makes random crops of an image. origin: which model it is, for the run's first line. folder: the run's.
 
-        pictures_every_epochs: 0 draws the last only. Raises UserError where the device cannot decode.
+        aug_repeats: how many of a batch's crops are of one image. decode: "cpu", or "gpu" where the device decodes JPEG
+        files. pictures_every_epochs: epochs between two pictures of reconstructions; 0 draws the last only. Raises
+        UserError where the device cannot decode.
         """
         if pictures_every_epochs < 0:
             raise UserError("pictures_every_epochs must be at least 0: raise it")
-        self.network, self.module = objective, SelfSupervised(objective)
+        self.network, self.module = objective, ObjectiveTraining(objective)
         self.origin, self.data = origin, source.name
         self.picture = folder / "reconstructions" / "latest.png"
         self.failures = DecodingFailures(folder)
@@ -83,7 +85,7 @@ class PretrainingJob(Job[Objective, Judgement]):
         return len(self._loader)
 
     def batches(self, epoch: int, first: int) -> Iterator[Tensor]:
-        """Crops, uint8 (B, C, H, W) on the device."""
+        """Crops of an epoch from batch number `first` on, uint8 (B, C, H, W) on the device."""
         self._loader.set_position(epoch, first)
         for found in self._loader:
             batch = found if self._decoder is None else self._decoder(found)
@@ -93,7 +95,7 @@ class PretrainingJob(Job[Objective, Judgement]):
             yield batch["images"].to(self._fabric.device, non_blocking=True)
 
     def after_step(self, step: int) -> None:
-        """Whatever the objective does then, such as moving a teacher on."""
+        """Tell the objective that so many steps are done, which may move a teacher on."""
         self.network.after_step(step)
 
     def after_epoch(self, epoch: int, last: bool) -> None:
@@ -103,7 +105,7 @@ class PretrainingJob(Job[Objective, Judgement]):
             self._draw(self.picture if last else self.picture.with_name(f"epoch-{epoch + 1:04d}.png"))
 
     def warning(self) -> str | None:
-        """Where more images than the odd one cannot be decoded."""
+        """A sentence where more images than the odd one cannot be decoded, else None."""
         return self.failures.warning()
 
     def _draw(self, path: Path) -> None:
@@ -130,7 +132,7 @@ def _decodes_on_device(
 
 
 def _examples(source: ImageCollection, crop: RandomCrop, seed: int) -> list[Tensor]:
-    """The images of every picture of the run."""
+    """Crops, uint8 (C, H, W) each, of six images, evenly spread: those that every picture of the run shows."""
     images = TrainingImages(source, crop, seed)
     count = min(_EXAMPLES, len(images))
     return [images[0, number * len(images) // count][0]["image"] for number in range(count)]

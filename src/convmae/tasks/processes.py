@@ -18,8 +18,8 @@ from convmae.training.engine import DeviceOptions, loader_workers
 T = TypeVar("T")
 
 
-def loading(fabric: Fabric, engine: DeviceOptions, batch_size: int, skip_damaged: bool) -> Loading:
-    """How this process loads its share of the images, `batch_size` at a time."""
+def process_loading(fabric: Fabric, engine: DeviceOptions, batch_size: int, skip_damaged: bool) -> Loading:
+    """How this process loads its share of the images, `batch_size` at a time; skip_damaged: leave damaged ones out."""
     return Loading(
         batch_size=batch_size,
         skip_damaged=skip_damaged,
@@ -33,7 +33,7 @@ def loading(fabric: Fabric, engine: DeviceOptions, batch_size: int, skip_damaged
 def demo_scenes(
     fabric: Fabric, output: Path, layout: Literal["coco", "ade20k"], image_size: tuple[int, int] = (128, 128)
 ) -> Path:
-    """The folder of generated scenes below a run's, written by one process."""
+    """Write generated scenes of (H, W) pixels into `output`, by one process, and return their folder."""
     folder = output / "scenes"
     if fabric.is_global_zero:
         write_scenes(folder, layout, image_size=image_size)
@@ -60,7 +60,7 @@ def share_buffers(fabric: Fabric, network: nn.Module) -> None:
 
 
 def gathered(fabric: Fabric, found: Sequence[T]) -> list[T]:
-    """What all processes found, of what one did."""
+    """What all processes found, in the order of their ranks; every process must call this."""
     if fabric.world_size == 1:
         return list(found)
     parts: list[Any] = [None] * fabric.world_size
@@ -69,7 +69,10 @@ def gathered(fabric: Fabric, found: Sequence[T]) -> list[T]:
 
 
 def tracked(fabric: Fabric, judged: Iterable[T], count: int, description: str) -> Iterator[T]:
-    """What is judged of `count` images of all processes, with a progress bar on the first one's terminal."""
+    """Yields the items of `judged`, one for an image, with a progress bar on the first process's terminal.
+
+    count: images of all processes together.
+    """
     console = Console(stderr=True)
     yield from track(
         judged,

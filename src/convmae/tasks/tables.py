@@ -8,14 +8,17 @@ from rich.text import Text
 
 
 def percent(share: float) -> str:
-    """A share for a table, "-" where there is none."""
+    """A share in [0, 1] in per cent, with one decimal; "-" where it is not a number."""
     return "-" if math.isnan(share) else f"{100 * share:.1f}"
 
 
 def shares_table(
     title: str, names: Sequence[str], rows: Iterable[tuple[str, *tuple[float, ...]]], first: str = ""
 ) -> Table:
-    """A row for each name and its shares, in per cent. names: of the columns of shares. first: of that of the names."""
+    """A table with a row for each (name, share, ...) of `rows`, the shares in per cent.
+
+    names: headings of the columns of shares; first: that of the column of names.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column(first, overflow="fold")
     for name in names:

@@ -40,8 +40,7 @@ class CheckpointFolder:
 
     def newest(self) -> Path | None:
         """The checkpoint with the highest step, or None."""
-        found = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-        return max(found, key=lambda path: int(path.name[5:]), default=None)
+        return max(self._whole(), key=_step, default=None)
 
     def save(self, step: int, state: dict[str, Any], write_model: Callable[[Path], None]) -> Path:
         """Write a checkpoint under a temporary name, flush it to the disk, rename it, and drop the oldest.
@@ -65,9 +64,15 @@ class CheckpointFolder:
         return final
 
     def _drop_oldest(self) -> None:
-        found = sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
-        for path in found[: -self.keep]:
+        for path in sorted(self._whole(), key=_step)[: -self.keep]:
             shutil.rmtree(path)
+
+    def _whole(self) -> list[Path]:
+        return [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

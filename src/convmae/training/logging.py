@@ -38,7 +38,7 @@ class LoggingOptions:
 
 @dataclass(frozen=True)
 class PictureLoggingOptions(LoggingOptions):
-    """What is written down, and how often."""
+    """What is written down and drawn, and how often."""
 
     pictures_every_epochs: int = 10
     """Epochs between two reconstruction pictures; 0 draws only the last."""
@@ -62,7 +62,7 @@ class RunLog:
             self._loggers.append(_wandb(options.wandb, folder))
 
     def start(self, epochs: int, total_steps: int, step: int, unit: str = "images") -> None:
-        """Show the progress bar from `step` on. unit: what a second's speed counts."""
+        """Show the progress bar from `step` on. unit: what a batch holds, in the plural, of which the speed is told."""
         self._epochs, self._unit = epochs, unit
         self._progress = Progress(
             TextColumn("{task.description}"),

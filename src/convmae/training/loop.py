@@ -33,7 +33,7 @@ class Plan:
     log_every_steps: int = 20
     checkpoint_every_epochs: int = 10
     max_skipped: int = 20  # steps in a row whose gradient is not finite, before the run stops
-    unit: str = "images"  # what a batch is of
+    unit: str = "images"  # what a batch holds, in the plural
 
 
 @dataclass

@@ -44,7 +44,8 @@ class RunOptions:
     logging: LoggingOptions = LoggingOptions()
     """What to write down."""
 
-    grad_checkpointing = False  # of those below, what others do
+    # Fields of the classes below; these are no options of a run of this class, and it behaves so.
+    grad_checkpointing = False
     evaluate_every_epochs = 1
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class EncoderRunOptions(RunOptions):
-    """The same for runs that train an encoder, not a layer on one that is frozen."""
+    """The options of runs that train an encoder, not only a layer on one that is frozen."""
 
     grad_checkpointing: bool = False
     """Compute the encoder's blocks twice, for less memory."""
@@ -72,7 +73,7 @@ class EncoderRunOptions(RunOptions):
 
 @dataclass(frozen=True)
 class SupervisedRunOptions(EncoderRunOptions):
-    """The same for runs with labels, which are judged as they go."""
+    """The options of runs that train an encoder with labels, and judge it as they go."""
 
     evaluate_every_epochs: int = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""

@@ -32,8 +32,8 @@ AVERAGE_FILE = "average.safetensors"
 """The moving average of the weights, beside a checkpoint's model."""
 
 
-class Supervision(NamedTuple):
-    """What a training step works on: the loss."""
+class StepLoss(NamedTuple):
+    """What a module of a run returns that has nothing but a loss: a scalar with its gradient."""
 
     loss: Tensor
 
@@ -43,7 +43,7 @@ class Judgement(Protocol):
 
     @property
     def score(self) -> float:
-        """Which of two models is better, in [0, 1]."""
+        """One figure in [0, 1] by which models are compared; the higher, the better."""
 
     @property
     def figures(self) -> dict[str, float]:
@@ -55,7 +55,7 @@ J = TypeVar("J", bound=Judgement)
 
 
 class Job(ABC, Generic[N, J]):
-    """What is a task's own in a run."""
+    """What a run does not know by itself: the model, its batches, its files, its judge."""
 
     network: N
     """The model that is saved, averaged and judged."""
@@ -64,11 +64,11 @@ class Job(ABC, Generic[N, J]):
     origin: str
     """Which model it is and where its weights come from, for the run's first line."""
     data: str
-    """What it is trained on, for the same."""
+    """What it is trained on, for the run's first line."""
     contents: str = ""
-    """How many images, objects, classes that holds, for the same."""
+    """How many images, objects and classes the data hold, for the run's first line."""
     unit: str = "images"
-    """What a batch is of."""
+    """What a batch holds, in the plural, for the log."""
     model_file: str = weights.MODEL_FILE
     """Name of the file that `save` writes into a checkpoint's folder."""
     figure: str | None = None
@@ -88,7 +88,7 @@ class Job(ABC, Generic[N, J]):
         weights.save_model(file, network)  # type: ignore[arg-type]  # all of ours have a description
 
     def load(self, file: Path, network: N) -> None:
-        """Fill the network, or its average, from what `save` wrote; raises UserError where it is of another task."""
+        """Fill the network, or its average, from what `save` wrote; raises UserError where it does not fit."""
         weights.fill(network, weights.read(file)[0])
 
     def judge(self, network: N) -> J | None:
@@ -148,7 +148,7 @@ class Run:
         self.folder = options.output
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", options.checkpoint.keep)
         self.checkpoint = checkpoint_to_resume(self.folder, self.checkpoints, options.resume)
-        """That it goes on from, None for a new run."""
+        """The folder of the checkpoint that the run goes on from, None for a new run."""
 
     def start(self) -> Fabric:
         """The engine, launched: what follows happens in every process."""
@@ -157,7 +157,8 @@ class Run:
     def train(self, fabric: Fabric, job: Job[N, J]) -> Finished[N, J]:
         """Train to the end, judge as it goes, and keep the best.
 
-        Raises Interrupted and UserError as `convmae.training.loop.train` does.
+        Raises Interrupted after SIGTERM or Ctrl-C, a checkpoint being written, and UserError where data or settings do
+        not work or the loss is not finite any more.
         """
         options = self.options
         restored = self._restore(job)

@@ -1,4 +1,4 @@
-"""`convmae detect eval`: COCO's figures of a detector on annotated pictures."""
+"""`convmae detect eval`: COCO's figures of a detector on annotated images."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Literal
 
 from rich.console import Console
 
-from convmae.commands.inference import checked_output, load_trained_detector, report_damaged
+from convmae.commands.frozen import checked_output, load_frozen_detector, report_damaged
 from convmae.data.coco import find_coco, open_coco
 from convmae.errors import UserError, check_positive
 from convmae.tasks.detection.judge import DetectionQuality, Judge, print_quality
-from convmae.tasks.processes import gathered, loading, tracked
+from convmae.tasks.processes import gathered, process_loading, tracked
 from convmae.training.checkpoint import replace_file
 from convmae.training.engine import EngineOptions
 
@@ -34,12 +34,12 @@ def evaluate(
         data: a folder in COCO's layout.
         split: train or val, which of its two parts.
         annotations: another file in COCO's format than that of data.
-        images: the folder of its pictures.
+        images: the folder of its images.
         output: a JSON file for the detections, in COCO's format of results.
-        image_size: pixels into which pictures are fitted, one number or [height, width], multiples of 32; by default
+        image_size: pixels into which images are fitted, one number or [height, width], multiples of 32; by default
             that of the training.
-        batch_size: pictures at a time, of one process.
-        skip_damaged: leave out and list pictures that are missing or damaged and annotations that are broken instead of
+        batch_size: images at a time, of one process.
+        skip_damaged: leave out and list images that are missing or damaged and annotations that are broken instead of
             stopping.
         engine: devices and precision.
 
@@ -50,7 +50,7 @@ def evaluate(
         output = checked_output(output, (".json",))
     file, folder = find_coco(None if data is None else Path(data), split, annotations, images)
     source = open_coco(file, folder, skip_damaged)
-    model = load_trained_detector(weights, image_size, engine)
+    model = load_frozen_detector(weights, image_size, engine)
     network, fabric = model.network, model.fabric
     known = (network.settings["classes"], network.settings["category_ids"])
     if known != (source.classes, source.category_ids):
@@ -62,7 +62,7 @@ def evaluate(
         model.image_size,
         network.in_channels,
         lambda _, failed: damaged.extend(failed),
-        loading(fabric, engine, batch_size, skip_damaged),
+        process_loading(fabric, engine, batch_size, skip_damaged),
     )
     found = list(tracked(fabric, judge.detections(network), len(source), "detecting"))
     results = gathered(fabric, found)

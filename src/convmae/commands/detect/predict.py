@@ -1,4 +1,4 @@
-"""`convmae detect predict`: what a detector finds in pictures, as COCO's results and drawn."""
+"""`convmae detect predict`: what a detector finds in images, as COCO's results and drawn."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from convmae.commands.inference import OrderedBatches, load_trained_detector, open_pictures, report_damaged
+from convmae.commands.frozen import OrderedBatches, load_frozen_detector, open_ordered_images, report_damaged
 from convmae.commands.options import BatchOptions, spread
 from convmae.data.detection import ResizeAndPad
 from convmae.data.images import decode_image
@@ -22,7 +22,7 @@ from convmae.training.checkpoint import replace_file
 from convmae.visualize import DrawnPicture, detection_picture
 
 RESULTS_FILE = "detections.json"
-_SHOWN = 20  # pictures in the table on the terminal
+_SHOWN = 20  # images in the table on the terminal
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class DetectionsResult:
     """Where the detections are."""
 
     results: Path
-    """JSON, in COCO's format of results; each entry has the picture's file_name, too."""
+    """JSON, in COCO's format of results; each entry has the image's file_name, too."""
     pictures: tuple[Path, ...]
-    """The drawn ones."""
+    """Files of the drawn pictures."""
     count: int
-    """Detections that reach the threshold, in all pictures."""
+    """Detections that reach the threshold, in all images."""
 
 
 @spread("reading")
@@ -59,9 +59,9 @@ def predict(
         output: a folder for detections.json and the drawn pictures.
         threshold: score in [0, 1] from which a detection is drawn and counted; the file has all from 0.05 on.
         draw: the most pictures to draw, the first ones; 0 for none.
-        annotations: a file in COCO's format whose image ids the results take, by the pictures' file names; by default
-            pictures are numbered from 1 on.
-        image_size: pixels into which pictures are fitted, one number or [height, width], multiples of 32; by default
+        annotations: a file in COCO's format whose image ids the results take, by the images' file names; by default
+            images are numbered from 1 on.
+        image_size: pixels into which images are fitted, one number or [height, width], multiples of 32; by default
             that of the training.
 
     Raises UserError for weights without a detector, for unreadable images, and for those that `annotations` lacks.
@@ -71,12 +71,12 @@ def predict(
     output = Path(output)  # Python callers may pass a string
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: choose a folder for the detections")
-    pictures = open_pictures(images, reading.split)
-    image_ids = _image_ids(pictures, annotations)
-    model = load_trained_detector(weights, image_size, reading.engine)
+    source = open_ordered_images(images, reading.split)
+    image_ids = _image_ids(source, annotations)
+    model = load_frozen_detector(weights, image_size, reading.engine)
     network = model.network
     fit = ResizeAndPad(model.image_size, network.in_channels)
-    batches = OrderedBatches(model, fit, pictures, reading, "detecting")
+    batches = OrderedBatches(model, fit, source, reading, "detecting")
     (output / "pictures").mkdir(parents=True, exist_ok=True)
     category_ids = network.settings["category_ids"] or range(1, network.num_classes + 1)
     results: list[dict[str, Any]] = []
@@ -88,7 +88,7 @@ def predict(
                 batch["images"].to(model.fabric.device, non_blocking=True), batch["sizes"], batch["original_sizes"]
             )
         for index, detection in zip(batch["indices"].tolist(), found, strict=True):
-            name = pictures.picture_name(index)
+            name = source.image_name(index)
             results += [
                 {**result, "file_name": name} for result in coco_results(image_ids[index], detection, category_ids)
             ]
@@ -97,7 +97,7 @@ def predict(
             counts[name] = [network.classes[label - 1] for label in certain["labels"].tolist()]
             if len(drawn) < draw:
                 path = output / "pictures" / f"{index + 1:06d}-{Path(name).stem[:60]}.png"
-                _draw(path, pictures, index, certain, network.classes)
+                _draw(path, source, index, certain, network.classes)
                 drawn.append(path)
     report_damaged(batches.damaged)
     if not counts:
@@ -114,10 +114,10 @@ def predict(
     return DetectionsResult(output / RESULTS_FILE, tuple(drawn), sum(map(len, counts.values())))
 
 
-def _image_ids(pictures: ImageCollection, annotations: Path | None) -> list[int]:
-    """The number of each picture in COCO's results."""
+def _image_ids(source: ImageCollection, annotations: Path | None) -> list[int]:
+    """The id of each image in COCO's results: its place, or what a file of annotations says of its name."""
     if annotations is None:
-        return list(range(1, len(pictures) + 1))
+        return list(range(1, len(source) + 1))
     try:
         entries = json.loads(Path(annotations).read_bytes())["images"]
         told = {entry["id"]: Path(entry["file_name"]) for entry in entries}
@@ -126,7 +126,7 @@ def _image_ids(pictures: ImageCollection, annotations: Path | None) -> list[int]
     by_name: dict[str, list[int]] = {}
     for image_id, file in told.items():
         by_name.setdefault(file.name, []).append(image_id)
-    paths = [Path(pictures.picture_name(index)) for index in range(len(pictures))]
+    paths = [Path(source.image_name(index)) for index in range(len(source))]
     unknown = [path.name for path in paths if path.name not in by_name]
     if unknown:
         raise UserError(f"{annotations} lacks {len(unknown)} of the {len(paths)} images, the first is {unknown[0]}")
@@ -147,8 +147,8 @@ def _image_ids(pictures: ImageCollection, annotations: Path | None) -> list[int]
     return list(found)
 
 
-def _draw(path: Path, pictures: ImageCollection, index: int, detection: dict[str, Tensor], classes: list[str]) -> None:
-    with pictures.open(index) as file:
+def _draw(path: Path, source: ImageCollection, index: int, detection: dict[str, Tensor], classes: list[str]) -> None:
+    with source.open(index) as file:
         image = decode_image(file) / 255
     detection_picture(path, [[DrawnPicture(image, detection, "")]], classes)
 

@@ -18,7 +18,7 @@ from convmae.models.detector import Detector, checked_size
 from convmae.tasks.detection.job import DetectionJob
 from convmae.tasks.detection.judge import DetectionQuality
 from convmae.tasks.detection.pictures import draw_examples
-from convmae.tasks.processes import demo_scenes, loading
+from convmae.tasks.processes import demo_scenes, process_loading
 from convmae.training.checkpoint import CheckpointOptions
 from convmae.training.logging import read_metrics
 from convmae.training.optimizer import DetectionOptimizerOptions
@@ -29,24 +29,24 @@ from convmae.visualize import loss_curve
 
 @dataclass(frozen=True)
 class JitterOptions:
-    """How training pictures are varied; the defaults are those of the paper's detector (large-scale jitter)."""
+    """How training images are varied; the defaults are those of the paper's detector (large-scale jitter)."""
 
     scale: tuple[float, float] = (0.1, 2.0)
-    """Smallest and largest size of a picture, 1 being that at which it fits into image_size."""
+    """Smallest and largest size of an image, 1 being that at which it fits into image_size."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
 
 
 @dataclass(frozen=True)
 class DetectorTrainingResult:
-    """Where a finished run left what it made, and how good the kept model is on the validation pictures."""
+    """Where a finished run left what it made, and how good the kept model is on the validation images."""
 
     folder: Path
     checkpoint: Path
     """Folder with the best model's file; pass it to convmae.load or any --weights."""
     quality: DetectionQuality
     picture: Path
-    """Validation pictures with their annotations and what was detected."""
+    """File with validation images drawn with their annotations and with what was detected."""
     loss_curve: Path
     steps: int
 
@@ -149,7 +149,7 @@ def train(
         training,
         validation,
         LargeScaleJitter(network.image_size, jitter.scale, jitter.flip, network.in_channels),
-        loading(fabric, options.engine, images_of_a_pass, skip_damaged),
+        process_loading(fabric, options.engine, images_of_a_pass, skip_damaged),
         origin=f"{origin_of(weights, model)}, {network.settings['form']} form",
         folder=options.output,
         seed=options.seed,

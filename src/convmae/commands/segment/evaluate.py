@@ -1,16 +1,16 @@
-"""`convmae segment eval`: mIoU and its like of a segmenter on labelled pictures."""
+"""`convmae segment eval`: mIoU and its like of a segmenter on labelled images."""
 
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
-from convmae.commands.inference import checked_output, load_trained_segmenter, report_damaged
+from convmae.commands.frozen import checked_output, load_frozen_segmenter, report_damaged
 from convmae.data.ade20k import calls_classes, find_ade20k, names_classes, open_segmentation, read_classes
 from convmae.errors import UserError, check_positive
 from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.models.segmenter import Segmenter
-from convmae.tasks.processes import gathered, loading, tracked
+from convmae.tasks.processes import gathered, process_loading, tracked
 from convmae.tasks.segmentation.judge import Judge, print_quality, write_quality
 from convmae.tasks.segmentation.views import Inference, InferenceOptions
 from convmae.training.checkpoint import replace_file
@@ -36,16 +36,16 @@ def evaluate(
         weights: a segmenter's run or weights file, ours or published.
         data: a folder in ADE20K's layout.
         split: train or val, which of its two parts.
-        images: another folder of pictures than that of data.
+        images: another folder of images than that of data.
         annotations: the folder of their label maps, 8-bit PNG files of the same names.
         reduce_zero_label: whether label 0 is no class and label 1 the first; by default as in the training.
         output: a CSV file for the figures of each class.
         batch_size: windows at a time, of one process.
-        skip_damaged: leave out and list pictures that are damaged or have no usable label map instead of stopping.
-        inference: sliding window or whole pictures, several scales, mirrored.
+        skip_damaged: leave out and list images that are damaged or have no usable label map instead of stopping.
+        inference: sliding window or whole images, several scales, mirrored.
         engine: devices and precision.
 
-    Figures are for the pixels of the pictures as they are stored; those labelled 255 do not count.
+    Figures are for the pixels of the images as they are stored; those labelled 255 do not count.
 
     Raises UserError for weights without a segmenter, for data that names other classes than the segmenter's, and for
     unreadable data.
@@ -54,7 +54,7 @@ def evaluate(
     if output is not None:
         output = checked_output(output, (".csv",))
     folders = find_ade20k(None if data is None else Path(data), split, images, annotations)
-    model = load_trained_segmenter(weights, engine)
+    model = load_frozen_segmenter(weights, engine)
     network, fabric = model.network, model.fabric
     if data is not None and names_classes(data):
         _check_classes(data, network)
@@ -67,9 +67,9 @@ def evaluate(
         source,
         Inference(inference, network, batch_size),
         lambda _, failed: damaged.extend(failed),
-        loading(fabric, engine, batch_size, skip_damaged),
+        process_loading(fabric, engine, batch_size, skip_damaged),
     )
-    quality = judge(network, lambda pictures: list(tracked(fabric, pictures, len(source), "segmenting")))
+    quality = judge(network, lambda judged: list(tracked(fabric, judged, len(source), "segmenting")))
     left_out = [*source.left_out, *gathered(fabric, damaged)]
     if fabric.is_global_zero:
         report_damaged(left_out)

@@ -1,4 +1,4 @@
-"""`convmae segment predict`: the class of each pixel of pictures, as label maps and drawn."""
+"""`convmae segment predict`: the class of each pixel of images, as label maps and drawn."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from convmae.commands.inference import OrderedBatches, load_trained_segmenter, open_pictures, report_damaged
+from convmae.commands.frozen import OrderedBatches, load_frozen_segmenter, open_ordered_images, report_damaged
 from convmae.commands.options import BatchOptions, ImageOptions, spread
 from convmae.data.images import decode_image
 from convmae.data.sources import ImageCollection
@@ -20,8 +20,8 @@ from convmae.tasks.segmentation.views import Inference, InferenceOptions
 from convmae.training.checkpoint import replace_file
 from convmae.visualize import SegmentedPicture, segmentation_picture
 
-_SHOWN = 20  # pictures in the table on the terminal
-_NAMED = 5  # classes of a picture there
+_SHOWN = 20  # images in the table on the terminal
+_NAMED = 5  # classes of an image there
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class SegmentationResult:
     """Where the label maps are."""
 
     label_maps: tuple[Path, ...]
-    """8-bit PNG files in the pictures' sizes; their values are the labels of the training data's own files."""
+    """8-bit PNG files in the images' sizes; their values are the labels of the training data's own files."""
     overlays: tuple[Path, ...]
-    """The drawn pictures, with a legend."""
+    """Files of the drawn pictures, with a legend."""
 
 
 @spread("reading")
@@ -45,7 +45,7 @@ def predict(
     reading: ImageOptions = ImageOptions(),
     inference: InferenceOptions = InferenceOptions(),
 ) -> SegmentationResult:
-    """Segment pictures: write label maps, and draw the classes over the pictures, with a legend.
+    """Segment images: write label maps, and draw the classes over the images, with a legend.
 
     Args:
         images: an image, a folder of images at any depth, hfds/NAME, or demo.
@@ -53,7 +53,7 @@ def predict(
         output: a folder for label_maps/ and overlays/.
         draw: the most pictures to draw, the first ones; 0 for none.
         batch_size: windows at a time.
-        inference: sliding window or whole pictures, several scales, mirrored.
+        inference: sliding window or whole images, several scales, mirrored.
 
     Raises UserError for weights without a segmenter, for unreadable images, for two of one name, and for an output
     among them.
@@ -65,14 +65,14 @@ def predict(
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: choose a folder for the label maps")
     if Path(images).is_dir() and str(images) != "demo" and output.resolve().is_relative_to(Path(images).resolve()):
-        raise UserError(f"{output} lies among the pictures of {images}: choose another --output")
-    pictures = open_pictures(images, reading.split)
-    names = _file_names(images, pictures)
-    model = load_trained_segmenter(weights, reading.engine)
+        raise UserError(f"{output} lies among the images of {images}: choose another --output")
+    source = open_ordered_images(images, reading.split)
+    names = _file_names(images, source)
+    model = load_frozen_segmenter(weights, reading.engine)
     network = model.network
     infer = Inference(inference, network, batch_size)
     one_by_one = BatchOptions(reading.split, reading.skip_damaged, reading.engine, batch_size=1)  # sizes differ
-    batches = OrderedBatches(model, infer.transform, pictures, one_by_one, "segmenting")
+    batches = OrderedBatches(model, infer.transform, source, one_by_one, "segmenting")
     first_label = int(network.settings["reduce_zero_label"])
     label_maps: list[Path] = []
     overlays: list[Path] = []
@@ -85,7 +85,7 @@ def predict(
             _write(path, found + first_label)
             label_maps.append(path)
             classes, counts = found.unique(return_counts=True)
-            shares[pictures.picture_name(index)] = Counter(
+            shares[source.image_name(index)] = Counter(
                 {
                     network.classes[label]: count / found.numel()
                     for label, count in zip(classes, counts.tolist(), strict=True)
@@ -93,7 +93,7 @@ def predict(
             )
             if len(overlays) < draw:
                 path = output / "overlays" / names[index]
-                with pictures.open(index) as file:
+                with source.open(index) as file:
                     image = decode_image(file) / 255
                 segmentation_picture(path, [[SegmentedPicture(image, found, "")]], network.classes)
                 overlays.append(path)
@@ -110,17 +110,17 @@ def predict(
     return SegmentationResult(tuple(label_maps), tuple(overlays))
 
 
-def _file_names(images: str, pictures: ImageCollection) -> list[Path]:
-    """Where in a folder each picture's results go: its path below `images`, or its name, with the ending .png."""
+def _file_names(images: str, source: ImageCollection) -> list[Path]:
+    """Where in a folder each image's results go: its path below `images`, or its name, with the ending .png."""
     folder = Path(images)
     names: dict[Path, str] = {}
-    for index in range(len(pictures)):
-        picture = pictures.picture_name(index)
-        path = Path(picture)
+    for index in range(len(source)):
+        image = source.image_name(index)
+        path = Path(image)
         name = (path.relative_to(folder) if folder in path.parents else Path(path.name)).with_suffix(".png")
         if name in names:
-            raise UserError(f"the results of {names[name]} and {picture} would both be called {name}: rename one")
-        names[name] = picture
+            raise UserError(f"the results of {names[name]} and {image} would both be called {name}: rename one")
+        names[name] = image
     return list(names)
 
 

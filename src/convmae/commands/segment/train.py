@@ -15,7 +15,7 @@ from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.kinds import create_segmenter, load_segmenter
 from convmae.models.config import height_and_width
 from convmae.models.segmenter import Segmenter, checked_size
-from convmae.tasks.processes import demo_scenes, loading
+from convmae.tasks.processes import demo_scenes, process_loading
 from convmae.tasks.segmentation.job import SegmentationJob
 from convmae.tasks.segmentation.judge import write_quality
 from convmae.tasks.segmentation.pictures import draw_examples
@@ -30,10 +30,10 @@ from convmae.visualize import confusion_picture, loss_curve
 
 @dataclass(frozen=True)
 class VariationOptions:
-    """How training pictures are varied; the defaults are those of the paper's segmenter."""
+    """How training images are varied; the defaults are those of the paper's segmenter."""
 
     scale: tuple[float, float] = (0.5, 2.0)
-    """Smallest and largest size of a picture, 1 being that at which its shorter side is image_size's."""
+    """Smallest and largest size of an image, 1 being that at which its shorter side is image_size's."""
     largest_share: float = 0.75
     """A crop is drawn up to ten times, until no class has this share of its labelled pixels or more."""
     flip: float = 0.5
@@ -44,14 +44,14 @@ class VariationOptions:
 
 @dataclass(frozen=True)
 class SegmenterTrainingResult:
-    """Where a finished run left what it made, and how good the kept model is on the validation pictures."""
+    """Where a finished run left what it made, and how good the kept model is on the validation images."""
 
     folder: Path
     checkpoint: Path
     """Folder with the best model's file; pass it to convmae.load or any --weights."""
     quality: SegmentationQuality
     picture: Path
-    """Validation pictures as annotated and as segmented."""
+    """File with validation images drawn as annotated and as segmented."""
     loss_curve: Path
     steps: int
 
@@ -160,7 +160,7 @@ def train(
             network.in_channels,
         ),
         infer,
-        loading(fabric, options.engine, images_of_a_pass, skip_damaged),
+        process_loading(fabric, options.engine, images_of_a_pass, skip_damaged),
         origin=origin_of(weights, model),
         folder=options.output,
         seed=options.seed,

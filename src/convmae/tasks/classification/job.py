@@ -14,22 +14,22 @@ from convmae.data.failures import DecodingFailures
 from convmae.data.loading import Loading, build_evaluation_loader, build_training_loader
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
-from convmae.evaluation.accuracy import Accuracy, evaluate
+from convmae.evaluation.accuracy import Accuracy, judge_classifier
 from convmae.models.classifier import Classifier
-from convmae.training.run import Job, N, Supervision
+from convmae.training.run import Job, N, StepLoss
 
 
-class Supervised(nn.Module):
-    """A classifier with its loss: (normalised images (B, C, H, W), soft targets (B, N)) -> loss."""
+class ClassifierTraining(nn.Module):
+    """A classifier as the training loop takes it: normalised images (B, C, H, W), soft targets (B, N) -> its loss."""
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
         self.classifier = classifier
         self.criterion = SoftTargetCrossEntropy()
 
-    def forward(self, batch: tuple[Tensor, Tensor]) -> Supervision:
+    def forward(self, batch: tuple[Tensor, Tensor]) -> StepLoss:
         images, targets = batch
-        return Supervision(self.criterion(self.classifier(images).float(), targets))
+        return StepLoss(self.criterion(self.classifier(images).float(), targets))
 
 
 class ClassificationJob(Job[N, Accuracy]):
@@ -53,15 +53,16 @@ class ClassificationJob(Job[N, Accuracy]):
         seed: int,
         aug_repeats: int = 1,
     ) -> None:
-        """network: what is trained, encoder: the classifier that it is or has, which tells how images are prepared.
+        """network: what is trained; encoder: the classifier that it is or has, which tells how images are prepared.
 
-        folder: the run's. aug_repeats: how many of a batch's images are crops of one.
+        origin, data: where weights and images come from, for the run's first line. folder: the run's. aug_repeats: how
+        many of a batch's images are crops of one. Raises UserError for an odd batch with mixup or cutmix.
         """
         if (augmentation.mixup or augmentation.cutmix) and loading.batch_size % 2:
             raise UserError(
                 f"mixup and cutmix need pairs, a pass has {loading.batch_size} images: choose an even number"
             )
-        self.network, self.module = network, Supervised(network)
+        self.network, self.module = network, ClassifierTraining(network)
         self.origin, self.data = origin, data
         self.classes = list(training.classes)
         count = training.reader.num_samples if isinstance(training, ImageStream) else len(training)
@@ -98,14 +99,17 @@ class ClassificationJob(Job[N, Accuracy]):
                 yield self._on_device(batch)
 
     def judge(self, network: N) -> Accuracy:
-        """How good a network (images -> logits) is on the validation images of all processes."""
-        accuracy = evaluate(self._fabric, network, self.validation(), len(self.classes))
+        """Accuracy of a network (images -> logits) on the validation images of all processes.
+
+        Raises UserError where none of them can be decoded.
+        """
+        accuracy = judge_classifier(self._fabric, network, self.validation(), len(self.classes))
         if not accuracy.confusion.sum():
             raise UserError("no validation image can be decoded: check the files")
         return accuracy
 
     def warning(self) -> str | None:
-        """Where more images than the odd one cannot be decoded."""
+        """A sentence where more images than the odd one cannot be decoded, else None."""
         return self.failures.warning()
 
     def _on_device(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ class ProbedEncoder(nn.Module):
         nn.init.zeros_(self.layer.bias)
 
     def train(self, mode: bool = True) -> "ProbedEncoder":
-        """The encoder stays as it is used."""
+        """Training mode for the layer and its statistics; the encoder stays in evaluation mode."""
         super().train(mode)
         self.classifier.eval()
         return self
@@ -54,7 +54,7 @@ class ProbeJob(ClassificationJob[ProbedEncoder]):
     model_file = "head.safetensors"  # the layer with its statistics: the encoder is the user's, and stays
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        """See ClassificationJob; the network is a ProbedEncoder."""
+        """Takes the arguments of ClassificationJob, of which the network is a ProbedEncoder."""
         super().__init__(*arguments, **named)
         self._identity = {"encoder": _digest(self.network.classifier), "classes": json.dumps(self.classes)}
 

@@ -31,7 +31,7 @@ class AnnotatedBatch:
 
 
 class DetectorTraining(nn.Module):
-    """A detector as the training loop takes it."""
+    """A detector as the training loop takes it: a batch -> its losses."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class DetectionJob(Job[Detector, DetectionQuality]):
         folder: Path,
         seed: int,
     ) -> None:
-        """folder: the run's."""
+        """jitter: varies training images. origin: which model it is, for the run's first line. folder: the run's."""
         share_batch_statistics(fabric, network)
         self.network, self.module = network, DetectorTraining(network)
         self.origin, self.data = origin, training.name
@@ -75,7 +75,7 @@ class DetectionJob(Job[Detector, DetectionQuality]):
         return len(self._loader)
 
     def batches(self, epoch: int, first: int) -> Iterator[AnnotatedBatch]:
-        """Jittered images and their targets on the device."""
+        """Jittered images and their targets, on the device, of an epoch from batch number `first` on."""
         self._loader.set_position(epoch, first)
         for batch in self._loader:
             self.failures.record(len(batch["images"]), batch["failed"])
@@ -108,5 +108,5 @@ class DetectionJob(Job[Detector, DetectionQuality]):
                 )
 
     def warning(self) -> str | None:
-        """Where more images than the odd one cannot be decoded."""
+        """A sentence where more images than the odd one cannot be decoded, else None."""
         return self.failures.warning()

@@ -19,7 +19,7 @@ from convmae.tasks.processes import gathered, share_buffers
 from convmae.tasks.tables import shares_table
 
 ImageResults = tuple[int, list[dict[str, Any]]]
-"""A picture's id, and what was found in it as COCO's results."""
+"""An image's id, and what was found in it as COCO's results."""
 
 _KINDS: tuple[Literal["bbox"], Literal["segm"]] = ("bbox", "segm")
 
@@ -33,7 +33,7 @@ class DetectionQuality:
 
     @property
     def score(self) -> float:
-        """What makes one model better than another: the AP of boxes."""
+        """The figure in [0, 1] by which the best model is kept: the AP of boxes, 0 where there is none."""
         return 0.0 if math.isnan(self.boxes.AP) else self.boxes.AP
 
     @property
@@ -48,7 +48,7 @@ class DetectionQuality:
 
 
 class Judge:
-    """Judges detectors on this process's share of annotated pictures, and on everybody else's."""
+    """Judges detectors on annotated images, of which each process takes its share; the figures are those of all."""
 
     def __init__(
         self,
@@ -59,7 +59,9 @@ class Judge:
         record: Callable[[int, Sequence[str]], None],
         loading: Loading,
     ) -> None:
-        """image_size: (H, W) into which images are fitted. record: told of each batch, see DecodingFailures."""
+        """image_size: (H, W) into which images are fitted. record: called for each batch
+        with the number of its images and the names and faults of damaged ones.
+        """
         self._fabric, self._source, self._record = fabric, source, record
         self._loader = build_evaluation_loader(source, ResizeAndPad(image_size, in_channels), loading)
         self._truth = source.ground_truth() if fabric.is_global_zero else None
@@ -71,7 +73,7 @@ class Judge:
 
     @torch.inference_mode()
     def detections(self, network: Detector) -> Iterator[ImageResults]:
-        """What is found in each picture of this process that can be decoded; others are recorded."""
+        """Yields what is found in each image of this process that can be decoded; others are recorded."""
         was_training = network.training
         network.eval()
         for batch in self._loader:
@@ -87,7 +89,10 @@ class Judge:
         network.train(was_training)
 
     def quality(self, found: Sequence[ImageResults]) -> DetectionQuality:
-        """COCO's figures of the detections of all processes; pictures that are not among them do not count."""
+        """COCO's figures of the detections of all processes; images that are not among them do not count.
+
+        Raises UserError where there is none.
+        """
         if not found:
             raise UserError("no validation image can be decoded: check the files")
         quality: DetectionQuality | None = None
@@ -115,7 +120,7 @@ _MEANINGS = {
     "APs": "small objects",
     "APm": "medium objects",
     "APl": "large objects",
-    "AR1": "recall of 1 detection a picture",
+    "AR1": "recall of 1 detection an image",
     "AR10": "recall of 10",
     "AR100": "recall of 100",
     "ARs": "recall, small objects",

@@ -16,7 +16,7 @@ _DRAWN_SCORE = 0.5  # of the least certain detection
 
 @torch.inference_mode()
 def draw_examples(path: Path, network: Detector, validation: CocoImages) -> None:
-    """Save the picture; nothing where no example can be decoded."""
+    """Save a picture of six images of `validation`, evenly spread; nothing where none of them can be decoded."""
     size, channels = network.image_size, network.in_channels
     as_judged, annotated = ResizeAndPad(size, channels), LargeScaleJitter(size, (1.0, 1.0), 0.0, channels)
     device = next(network.parameters()).device

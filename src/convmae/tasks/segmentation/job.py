@@ -22,7 +22,7 @@ from convmae.training.run import Job
 
 
 class SegmenterTraining(nn.Module):
-    """A segmenter as the training loop takes it."""
+    """A segmenter as the training loop takes it: (images, labels) -> its losses."""
 
     def __init__(self, segmenter: Segmenter) -> None:
         super().__init__()
@@ -51,7 +51,11 @@ class SegmentationJob(Job[Segmenter, SegmentationQuality]):
         folder: Path,
         seed: int,
     ) -> None:
-        """folder: the run's. Raises UserError for passes of one image, whose batch statistics are none."""
+        """crop: varies images for training. inference: how validation images are put through the network.
+
+        origin: where the weights come from, for the run's first line. folder: the run's. Raises UserError for passes of
+        one image, which have no batch statistics.
+        """
         if loading.batch_size < 2 and not shares_batch_statistics(fabric):
             raise UserError(
                 "batch normalisation needs two images or more in each pass of a process: raise --batch-size, or lower "
@@ -72,14 +76,14 @@ class SegmentationJob(Job[Segmenter, SegmentationQuality]):
         return len(self._loader)
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images, uint8 (B, C, H, W), and labels, uint8 (B, H, W), on the device."""
+        """Images, uint8 (B, C, H, W), and labels, uint8 (B, H, W), on the device, from batch number `first` on."""
         self._loader.set_position(epoch, first)
         for batch in self._loader:
             self.failures.record(len(batch["images"]), batch["failed"])
             yield self._fabric.to_device((batch["images"], batch["labels"]))
 
     def load(self, file: Path, network: Segmenter) -> None:
-        """Fill the network; raises UserError where the file is of other classes or counts them otherwise."""
+        """Fill the network; raises UserError where the file is of other classes or of another reduce_zero_label."""
         training, _ = self._sources
         state, facts = weights.read(file)
         known = weights.flat(facts)
@@ -95,7 +99,7 @@ class SegmentationJob(Job[Segmenter, SegmentationQuality]):
         return self._judge(network)
 
     def begin(self, log: RunLog) -> None:
-        """List and tell what has no partner."""
+        """List and tell which images have no label map, and which label maps no image."""
         for source in self._sources:
             if log.active:
                 self.failures.list_once(source.left_out)
@@ -105,5 +109,5 @@ class SegmentationJob(Job[Segmenter, SegmentationQuality]):
                 )
 
     def warning(self) -> str | None:
-        """Where more images than the odd one cannot be decoded."""
+        """A sentence where more images than the odd one cannot be decoded, else None."""
         return self.failures.warning()

@@ -1,4 +1,4 @@
-"""How good a segmenter is on labelled pictures, over all processes: what training and evaluation share."""
+"""How good a segmenter is on labelled images, over all processes: what training and evaluation share."""
 
 import csv
 import math
@@ -21,7 +21,7 @@ from convmae.tasks.tables import shares_table
 
 
 class Judge:
-    """Judges segmenters on this process's share of labelled pictures, and on everybody else's."""
+    """Judges segmenters on labelled images, of which each process takes its share; the figures are those of all."""
 
     def __init__(
         self,
@@ -31,7 +31,10 @@ class Judge:
         record: Callable[[int, Sequence[str]], None],
         loading: Loading,
     ) -> None:
-        """record: told of each image, see DecodingFailures. loading: of one image at a time, whatever it says."""
+        """record: called for each batch with the number of its images and the names and faults of damaged ones.
+
+        loading: batches are of one image, whatever size it says.
+        """
         self._fabric, self._source, self._inference, self._record = fabric, source, inference, record
         one_by_one = replace(loading, batch_size=1)  # they have different sizes
         self._loader = build_evaluation_loader(source, inference.transform, one_by_one)
@@ -39,22 +42,23 @@ class Judge:
     def __call__(self, network: Segmenter, progress: Callable[[Iterator[None]], object] = list) -> SegmentationQuality:
         """The quality, the same in every process; the segmenter is put into evaluation mode and back.
 
-        progress: goes through the pictures of this process.
+        progress: takes an iterator over the images of this process and goes through it to the end. Raises UserError
+        where no pixel of any process counts.
         """
         share_buffers(self._fabric, network)
         metrics = SegmentationMetrics(network.num_classes, self._fabric.device)
         was_training = network.training
         network.eval()
-        progress(self._pictures(network, metrics))
+        progress(self._count(network, metrics))
         network.train(was_training)
         quality = metrics.compute()
         if not quality.confusion.any():
-            raise UserError(f"no pixel of {self._source.name} can be judged: check the pictures and their label maps")
+            raise UserError(f"no pixel of {self._source.name} can be judged: check the images and their label maps")
         return quality
 
     @torch.inference_mode()
-    def _pictures(self, network: Segmenter, metrics: SegmentationMetrics) -> Iterator[None]:
-        """Count this process's pixels, picture by picture."""
+    def _count(self, network: Segmenter, metrics: SegmentationMetrics) -> Iterator[None]:
+        """Count this process's pixels, image by image."""
         for batch in self._loader:
             self._record(len(batch["images"]), batch["failed"])
             if len(batch["images"]):

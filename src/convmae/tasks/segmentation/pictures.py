@@ -15,7 +15,7 @@ _EXAMPLES = 6
 
 @torch.inference_mode()
 def draw_examples(path: Path, network: Segmenter, validation: SegmentationImages, infer: Inference) -> None:
-    """Save the picture; nothing where no example can be decoded."""
+    """Save a picture of six images of `validation`, evenly spread; nothing where none of them can be decoded."""
     network.eval()
     pictures: list[SegmentedPicture] = []
     count = min(_EXAMPLES, len(validation))

@@ -1,4 +1,4 @@
-"""How pictures of any size are put through a segmenter: what training's judgement, evaluation and prediction share."""
+"""How images of any size are put through a segmenter: what training's judgement, evaluation and prediction share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,30 +13,30 @@ from convmae.models.segmenter import Segmenter, checked_size, checked_stride
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """How pictures are put through the segmenter; the defaults are those of the paper's evaluation."""
+    """How images are put through the segmenter; the defaults are those of the paper's evaluation."""
 
     whole: bool = False
-    """Whole pictures at once instead of a sliding window."""
+    """Whole images at once instead of a sliding window."""
     window: int | tuple[int, int] | None = None
     """Side of the sliding window, or [height, width], multiples of 16; by default of the crops of training."""
     stride: int | tuple[int, int] | None = None
     """Pixels from one window to the next; by default two thirds of the window, 341 of 512."""
     shorter_side: int | None = None
-    """Pixels of a resized picture's shorter side; by default that of the crops of training."""
+    """Pixels of a resized image's shorter side; by default that of the crops of training."""
     scales: tuple[float, ...] = (1.0,)
     """Factors of shorter_side; of several the probabilities are averaged, as often [0.5, 0.75, 1, 1.25, 1.5, 1.75]."""
     flip: bool = False
-    """Average with the mirrored picture, too."""
+    """Average with the mirrored image, too."""
 
 
 class Inference:
-    """The options as a certain segmenter takes them; `transform` makes its views of images."""
+    """InferenceOptions at work: `transform` makes views of an image, a call tells the classes of its pixels by them."""
 
     def __init__(self, options: InferenceOptions, network: Segmenter, windows_at_a_time: int) -> None:
-        """Raises UserError for options that cannot be."""
+        """network: whose size and channels of images are the defaults. Raises UserError for options that cannot be."""
         size = network.image_size
         if options.whole and (options.window is not None or options.stride is not None):
-            raise UserError("whole pictures need no window or stride: leave out --inference.whole or the others")
+            raise UserError("whole images need no window or stride: leave out --inference.whole or the others")
         self.transform = ResizeShorterSide(
             min(size) if options.shorter_side is None else options.shorter_side, network.in_channels, options.scales
         )
@@ -48,7 +48,7 @@ class Inference:
         self._flip, self._windows_at_a_time = options.flip, windows_at_a_time
 
     def __call__(self, network: Segmenter, views: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """A picture's views, uint8 (C, h, w) each -> the class of each of its (H, W) pixels, int64."""
+        """An image's views, uint8 (C, h, w) each -> the class of each of its pixels, int64 (H, W); size: (H, W)."""
         device = next(network.parameters()).device
         on_device = [view[None].to(device, non_blocking=True) for view in views]
         return network.segment(on_device, size, self._window, self._stride, self._flip, self._windows_at_a_time)[0]

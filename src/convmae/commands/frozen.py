@@ -1,4 +1,4 @@
-"""Trained models put to use on images: what `embed`, `neighbours`, `predict`, `visualise` and others share.
+"""Frozen models put to use on images: what `embed`, `neighbours`, `predict`, `visualise` and others share.
 
 Images are seen as in validation, in order: the shorter side resized, a centre crop, damaged files named.
 """
@@ -29,11 +29,9 @@ from convmae.models.detector import Detector, checked_size
 from convmae.models.segmenter import Segmenter
 from convmae.training.engine import DeviceOptions, loader_workers, start_engine
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
-
 
 @dataclass(frozen=True)
-class Trained:
+class FrozenModel:
     """A frozen model on its device."""
 
     network: Any
@@ -41,11 +39,11 @@ class Trained:
     file: Path
     """Where its weights came from."""
     workers: int
-    """Processes that load images for it."""
+    """Processes that load images for it; 0 where its own does."""
 
 
 @dataclass(frozen=True)
-class TrainedModel(Trained):
+class FrozenClassifier(FrozenModel):
     """A frozen classifier, or the encoder of one."""
 
     network: Classifier
@@ -67,7 +65,7 @@ class TrainedModel(Trained):
 
     @property
     def center_crop(self) -> CenterCrop:
-        """How it sees images, those of its validation included."""
+        """The transform by which it sees an encoded image, the same as in its validation."""
         return CenterCrop(self.image_size, self.in_channels, self.crop_pct)
 
     def digest(self) -> str:
@@ -76,13 +74,14 @@ class TrainedModel(Trained):
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_trained(
+def load_frozen_classifier(
     weights: Path, image_size: int | tuple[int, int] | None, crop_pct: float | None, engine: DeviceOptions
-) -> TrainedModel:
-    """The model of any weights file, frozen, on the device that `engine` names; see `load_classifier`.
+) -> FrozenClassifier:
+    """A classifier on the encoder of any weights file, frozen, on the device that `engine` names.
 
-    image_size: side of the square images it will be given, or height and width; crop_pct: how they are cropped, see
-        CenterCrop; by default those of the weights.
+    image_size: side in pixels of the square images it will be given, or height and width, multiples of 16; crop_pct:
+        share of the resized shorter side that the centre crop keeps; by default those of the weights. Raises UserError
+        for other sizes, and where there are no weights.
     """
     settings: dict[str, Any] = {"global_pool": "avg"}  # pooled features exist, whatever the weights were saved without
     if image_size is not None:
@@ -94,24 +93,25 @@ def load_trained(
     network = load_classifier(file, **settings)
     fabric = start_engine(engine)
     network.to(fabric.device).eval().requires_grad_(False)
-    return TrainedModel(network, fabric, file, loader_workers(engine, fabric))
+    return FrozenClassifier(network, fabric, file, loader_workers(engine, fabric))
 
 
 @dataclass(frozen=True)
-class TrainedDetector(Trained):
+class FrozenDetector(FrozenModel):
     """A frozen detector on its device."""
 
     network: Detector
     image_size: tuple[int, int]
-    """Height and width into which pictures are fitted."""
+    """Height and width into which images are fitted."""
 
 
-def load_trained_detector(
+def load_frozen_detector(
     weights: Path, image_size: int | tuple[int, int] | None, engine: DeviceOptions
-) -> TrainedDetector:
+) -> FrozenDetector:
     """The detector of a run or weights file, frozen, on the device that `engine` names.
 
-    image_size: into which pictures are fitted, one number or height and width; by default that of its training.
+    image_size: pixels into which images are fitted, one number or height and width, multiples of 32; by default that of
+        its training. Raises UserError where the file holds no detector.
     """
     file = weights_files.locate(Path(weights))  # Python callers may pass a string
     network = load(file)
@@ -120,29 +120,32 @@ def load_trained_detector(
     size = checked_size(network.image_size if image_size is None else height_and_width(image_size))
     fabric = start_engine(engine)
     network.to(fabric.device).eval().requires_grad_(False)
-    return TrainedDetector(network, fabric, file, loader_workers(engine, fabric), size)
+    return FrozenDetector(network, fabric, file, loader_workers(engine, fabric), size)
 
 
 @dataclass(frozen=True)
-class TrainedSegmenter(Trained):
+class FrozenSegmenter(FrozenModel):
     """A frozen segmenter on its device."""
 
     network: Segmenter
 
 
-def load_trained_segmenter(weights: Path, engine: DeviceOptions) -> TrainedSegmenter:
-    """The segmenter of a run or weights file, ours or published, frozen, on the device that `engine` names."""
+def load_frozen_segmenter(weights: Path, engine: DeviceOptions) -> FrozenSegmenter:
+    """The segmenter of a run or weights file, ours or published, frozen, on the device that `engine` names.
+
+    Raises UserError where the file holds no segmenter.
+    """
     file = weights_files.locate(Path(weights))  # Python callers may pass a string
     network = load(file)
     if not isinstance(network, Segmenter):
         raise UserError(f"{weights} holds no segmenter: train one first, with convmae segment train")
     fabric = start_engine(engine)
     network.to(fabric.device).eval().requires_grad_(False)
-    return TrainedSegmenter(network, fabric, file, loader_workers(engine, fabric))
+    return FrozenSegmenter(network, fabric, file, loader_workers(engine, fabric))
 
 
-def open_pictures(images: str | Path, split: str = "train") -> ImageCollection:
-    """An image, a folder of images at any depth, `hfds/NAME`, or the `demo` photographs.
+def open_ordered_images(images: str | Path, split: str = "train") -> ImageCollection:
+    """Open an image, a folder of images at any depth, `hfds/NAME`, or the `demo` photographs, in a settled order.
 
     Files are called by their paths. split: of a Hugging Face data set. Raises UserError where there is nothing to read,
     for streams, which have no order, and for a path that cannot be written down.
@@ -159,7 +162,7 @@ def open_pictures(images: str | Path, split: str = "train") -> ImageCollection:
         raise UserError(f"{images} is a stream, whose images come in no order: give a folder of images or hfds/NAME")
     if not path.is_dir():
         return source
-    names = [str(path / source.picture_name(index)) for index in range(len(source))]
+    names = [str(path / source.image_name(index)) for index in range(len(source))]
     for name in names:
         try:
             name.encode()
@@ -177,16 +180,16 @@ class OrderedBatches:
 
     def __init__(
         self,
-        model: Trained,
+        model: FrozenModel,
         transform: Transform,
-        pictures: ImageCollection,
+        source: ImageCollection,
         options: BatchOptions,
         description: str,
         first: int = 0,
     ) -> None:
-        """transform: see `build_evaluation_loader`. description: of the progress bar."""
+        """transform: makes a sample of each encoded image. description: stands before the progress bar."""
         self.damaged: list[str] = []
-        self._description, self._first, self._total = description, first, len(pictures)
+        self._description, self._first, self._total = description, first, len(source)
         self._batch_size = options.batch_size
         loading = Loading(
             batch_size=options.batch_size,
@@ -195,7 +198,7 @@ class OrderedBatches:
             num_workers=model.workers if self._total - first > options.batch_size else 0,
             pin_memory=model.fabric.device.type == "cuda",
         )
-        self._loader = build_evaluation_loader(pictures, transform, loading, first=first)
+        self._loader = build_evaluation_loader(source, transform, loading, first=first)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields batches with the transform's entries, "indices" (B,), "failed" and "position"."""
