@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from convmae import cli
+from convmae.commands import COMMANDS
 
 
 def run(capsys, *arguments):
@@ -19,10 +20,10 @@ def run(capsys, *arguments):
 
 
 def test_ctrl_c_ends_without_a_traceback(capsys, monkeypatch):
-    def interrupted(model: str = "base"):
+    def info(model: str = "base"):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "info", interrupted)
+    monkeypatch.setattr("convmae.commands.info.info", info)
     with pytest.raises(SystemExit) as stop:
         cli.main(["info"])
     assert stop.value.code == 130
@@ -124,8 +125,8 @@ def test_flags_win_over_a_recipe_on_either_side_of_it(capsys, flags):
 def test_every_option_is_explained(capsys):
     commands = [
         [name, part] if part else [name]
-        for name, command in cli.COMMANDS.items()
-        for part in (command.keys() - {"_help"} if isinstance(command, dict) else [None])
+        for name, entry in COMMANDS.items()
+        for part in (entry.keys() - {"_help"} if isinstance(entry, dict) else [None])
     ]
     assert ["detect", "train"] in commands
     assert ["segment", "train"] in commands
@@ -142,7 +143,7 @@ def test_every_option_is_explained(capsys):
 
 def test_python_dash_m_works():
     done = subprocess.run([sys.executable, "-m", "convmae", "--help"], capture_output=True, text=True, check=True)
-    assert all(command in done.stdout for command in cli.COMMANDS)
+    assert all(command in done.stdout for command in COMMANDS)
 
 
 def test_the_version_is_told(capsys):

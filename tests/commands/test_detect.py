@@ -8,14 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
 import yaml
-from convmae.commands.detect.evaluation import evaluate
-from convmae.commands.detect.judgement import DetectionQuality, print_quality
-from convmae.commands.detect.prediction import predict
-from convmae.commands.detect.training import AnnotatedBatch, JitterOptions, train
+from convmae.commands.detect.evaluate import evaluate
+from convmae.commands.detect.predict import predict
+from convmae.commands.detect.train import JitterOptions, train
+from convmae.tasks.detection.job import AnnotatedBatch
+from convmae.tasks.detection.judge import DetectionQuality, print_quality
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -23,7 +25,6 @@ from torchvision.ops import box_iou
 
 import convmae
 from convmae import cli, weights
-from convmae.commands import supervised
 from convmae.data.scenes import CATEGORY_IDS, SHAPES, write_scenes
 from convmae.evaluation.detection import CocoFigures
 from convmae.training.checkpoint import CheckpointOptions
@@ -259,7 +260,7 @@ def test_there_must_be_something_to_learn_and_to_judge_by(copied, paper_file, tm
 
 def test_the_demo_needs_no_data(paper_file, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "convmae.commands.downstream.write_scenes",
+        "convmae.tasks.processes.write_scenes",
         lambda folder, layout, image_size: write_scenes(folder, layout, 4, 4, image_size),
     )
     run = small_run("demo", tmp_path / "run", paper_file, epochs=1, image_size=64)
@@ -286,7 +287,7 @@ def test_what_other_processes_left_out_is_listed_too(finished, copied, monkeypat
     def gathered_from_two(fabric, found):
         return [*found, "elsewhere.jpg: broken"] if all(isinstance(one, str) for one in found) else list(found)
 
-    monkeypatch.setattr("convmae.commands.detect.evaluation.gathered", gathered_from_two)
+    monkeypatch.setattr(import_module("convmae.commands.detect.evaluate"), "gathered", gathered_from_two)
     evaluate(finished.folder, copied, skip_damaged=True, engine=IN_PROCESS)
     listed = capsys.readouterr().err
     assert "damaged images that were left out: 2" in listed
@@ -411,7 +412,7 @@ def test_damaged_pictures_stop_or_are_left_out(finished, copied, tmp_path, capsy
     ("changes", "message"),
     [
         ({"epochs": 0}, "epochs is 0"),
-        ({"drop_path": 1.0}, "drop_path is a rate"),
+        ({"drop_path": 1.0}, "drop_path is 1.0: choose it from 0 to less than 1"),
         ({"form": "yolo"}, "form cannot be 'yolo'"),
         ({"image_size": 100}, "image size 100x100 does not suit a detector: choose multiples of 32"),
         ({"batch_size": 4, "accumulate": 3}, "does not divide"),

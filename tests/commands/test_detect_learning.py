@@ -8,7 +8,7 @@ import json
 import random
 
 import pytest
-from convmae.commands.detect.training import JitterOptions
+from convmae.commands.detect.train import JitterOptions
 
 import convmae
 from convmae.data.scenes import write_scenes

@@ -18,7 +18,6 @@ from torchvision.transforms import CenterCrop, InterpolationMode, PILToTensor, R
 
 import convmae
 from convmae import cli, weights
-from convmae.commands import classification
 from convmae.commands.finetune import finetune
 from convmae.data.augmentation import NO_AUGMENTATION, AugmentationOptions
 from convmae.training.checkpoint import CheckpointOptions, read_state
@@ -432,14 +431,14 @@ def test_a_class_without_validation_images_has_no_accuracy(copied, autoencoder_f
     [
         ({"epochs": 0}, "epochs is 0: it must be at least 1"),
         ({"evaluate_every_epochs": 0}, "evaluate_every_epochs is 0"),
-        ({"drop_path": 1.0}, "drop_path and ema_decay are rates"),
-        ({"ema_decay": 1.0}, "drop_path and ema_decay are rates"),
+        ({"drop_path": 1.0}, "drop_path is 1.0: choose it from 0 to less than 1"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0: choose it from 0 to less than 1"),
         ({"batch_size": 5, "augmentation": AugmentationOptions()}, "mixup and cutmix need pairs, a pass has 5 images"),
         ({"batch_size": 6, "accumulate": 2, "augmentation": AugmentationOptions()}, "a pass has 3 images"),
         ({"batch_size": 8, "accumulate": 3}, "choose a multiple of 3"),
         ({"aug_repeats": 3}, "8 images a pass and process are no multiple of aug_repeats 3"),
         ({"aug_repeats": 0}, "aug_repeats is 0: it must be at least 1"),
-        ({"batch_size": 96, "accumulate": 3}, "too few images for 3 passes: lower --accumulate"),
+        ({"batch_size": 96, "accumulate": 3}, "has too few images for a batch of 96 in 3 passes: lower --batch-size or --accumulate"),
         ({"in_channels": 1}, "the weights do not fit the model: encoder.downsample1.proj.weight"),
         ({"in_channels": 2, "weights": None}, "in_channels cannot be 2"),
         ({"image_size": 40}, "40x40 is not divisible by 16"),
@@ -479,7 +478,7 @@ def test_folders_that_do_not_fit_are_refused(copied, autoencoder_file, tmp_path)
     ("flags", "message"),
     [
         (["--epochs", "0"], "epochs is 0: it must be at least 1"),
-        (["--drop-path", "1"], "are rates"),
+        (["--drop-path", "1"], "drop_path is 1.0"),
         (["--batch-size", "5"], "mixup and cutmix need pairs"),
         (["--augmentation.mixup", "much"], "augmentation"),
     ],

@@ -21,7 +21,7 @@ from convmae.training.checkpoint import CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions
 from convmae.training.logging import PictureLoggingOptions, read_metrics
 from convmae.training.optimizer import OptimizerOptions
-from convmae.training.run import plain_settings
+from convmae.training.folder import plain_settings
 
 IN_PROCESS = EngineOptions(accelerator="cpu", workers=0)
 
@@ -303,7 +303,7 @@ def test_a_device_that_decodes_sees_the_same_crops(photos, tmp_path, monkeypatch
         Image.open(path).save(tmp_path / "data" / f"{path.stem}.jpg", quality=95)
     options = {"epochs": 2, "aug_repeats": aug_repeats}
     here = small_run(tmp_path / "data", tmp_path / "here", **options)
-    monkeypatch.setattr("convmae.commands.pretrain._decodes_on_device", lambda *given: True)
+    monkeypatch.setattr("convmae.tasks.pretraining._decodes_on_device", lambda *given: True)
     there = small_run(tmp_path / "data", tmp_path / "there", decode="gpu", **options)
     losses = [[record["loss"] for record in read_metrics(run.folder)] for run in (here, there)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)

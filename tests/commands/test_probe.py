@@ -19,12 +19,12 @@ from torchvision.transforms import CenterCrop, InterpolationMode, PILToTensor, R
 
 import convmae
 from convmae import cli
-from convmae.commands import classification
-from convmae.commands import probe as module
 from convmae.commands.probe import probe
 from convmae.data.sources import ImageCollection
 from convmae.evaluation.linear import STRENGTHS
 from convmae.kinds import load_classifier
+from convmae.tasks.classification.job import ClassificationJob
+from convmae.training import run
 from convmae.training.checkpoint import CheckpointOptions, read_state
 from convmae.training.engine import EngineOptions
 from convmae.training.logging import LoggingOptions, read_metrics
@@ -208,15 +208,15 @@ def test_grey_encoders_are_given_grey_images(labelled, grey_autoencoder_file, tm
 def test_the_published_form_is_the_recipe_written_out(labelled, autoencoder_file, tmp_path, monkeypatch):
     """Batch normalisation without weights, a linear layer, LARS with momentum 0.9 and no decay, a cosine to 0."""
     seen, optimizers = [], []
-    batches, build = classification.LabelledBatches.training, module.build_lars
+    batches, build = ClassificationJob.batches, run.build_optimizer
 
     def recording(self, epoch, first):
         for images, targets in batches(self, epoch, first):
             seen.append((images.clone(), targets))
             yield images, targets
 
-    monkeypatch.setattr(classification.LabelledBatches, "training", recording)
-    monkeypatch.setattr(module, "build_lars", lambda *given: optimizers.append(build(*given)) or optimizers[-1])
+    monkeypatch.setattr(ClassificationJob, "batches", recording)
+    monkeypatch.setattr(run, "build_optimizer", lambda *given: optimizers.append(build(*given)) or optimizers[-1])
     still = published(labelled, autoencoder_file, tmp_path / "still", epochs=1, optimizer=LarsOptions(base_lr=0.0))
     start = load_file(still.folder / "checkpoints/step-00000004/head.safetensors")
     seen.clear()

@@ -5,16 +5,17 @@ import io
 import os
 import shutil
 import signal
+from importlib import import_module
 
 import numpy
 import pytest
 import torch
 import yaml
-from convmae.commands.segment.evaluation import evaluate
-from convmae.commands.segment.inference import InferenceOptions
-from convmae.commands.segment.judgement import print_quality
-from convmae.commands.segment.prediction import predict
-from convmae.commands.segment.training import VariationOptions, train
+from convmae.commands.segment.evaluate import evaluate
+from convmae.commands.segment.predict import predict
+from convmae.commands.segment.train import VariationOptions, train
+from convmae.tasks.segmentation.judge import print_quality
+from convmae.tasks.segmentation.views import InferenceOptions
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -22,7 +23,6 @@ from torch import nn
 
 import convmae
 from convmae import cli, weights
-from convmae.commands import supervised
 from convmae.data.scenes import SHAPES, draw_scene, write_scenes
 from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.training.checkpoint import CheckpointOptions
@@ -276,7 +276,7 @@ def test_a_run_is_never_overwritten(finished, scenes, segmenter_file):
 
 def test_the_demo_needs_no_data(segmenter_file, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "convmae.commands.downstream.write_scenes",
+        "convmae.tasks.processes.write_scenes",
         lambda folder, layout, image_size: write_scenes(folder, layout, 4, 2, image_size),
     )
     run = small_run("demo", tmp_path / "run", segmenter_file, epochs=1)
@@ -413,7 +413,7 @@ def test_what_other_processes_left_out_is_listed_too(segmenter_file, copied, mon
     broken.write_bytes(b"no picture")
     label_maps_of(copied)[1].unlink()
     monkeypatch.setattr(
-        "convmae.commands.segment.evaluation.gathered", lambda fabric, found: [*found, "elsewhere.jpg: broken"]
+        import_module("convmae.commands.segment.evaluate"), "gathered", lambda fabric, found: [*found, "elsewhere.jpg: broken"]
     )
     evaluate(segmenter_file, copied, skip_damaged=True, engine=IN_PROCESS)
     listed = capsys.readouterr().err
@@ -643,9 +643,9 @@ def test_damaged_pictures_stop_or_are_left_out(segmenter_file, copied, tmp_path,
     ("changes", "message"),
     [
         ({"epochs": 0}, "epochs is 0"),
-        ({"drop_path": 1.0}, "drop_path is a rate"),
-        ({"batch_size": 1}, "batch normalisation needs two pictures or more in each pass"),
-        ({"batch_size": 4, "accumulate": 4}, "batch normalisation needs two pictures or more in each pass"),
+        ({"drop_path": 1.0}, "drop_path is 1.0: choose it from 0 to less than 1"),
+        ({"batch_size": 1}, "batch normalisation needs two images or more in each pass"),
+        ({"batch_size": 4, "accumulate": 4}, "batch normalisation needs two images or more in each pass"),
         ({"batch_size": 4, "accumulate": 3}, "does not divide"),
         ({"image_size": 100}, "image size 100x100 does not suit a segmenter: choose multiples of 16 from 48 on"),
         ({"data": "demo", "image_size": 100}, "image size 100x100 does not suit a segmenter"),

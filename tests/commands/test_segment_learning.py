@@ -6,7 +6,7 @@ others would have that know less: one that sees no shape at all, and one that se
 
 import numpy
 import torch
-from convmae.commands.segment.training import VariationOptions
+from convmae.commands.segment.train import VariationOptions
 from PIL import Image
 
 import convmae
