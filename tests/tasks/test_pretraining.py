@@ -1,4 +1,4 @@
-"""Pretraining as a run's job: crops of any moment, the same whoever decodes them, pictures of what is made of images."""
+"""Pretraining as a run's job: crops of any moment, the same whoever decodes them, pictures of what is made of them."""
 
 import pytest
 import torch

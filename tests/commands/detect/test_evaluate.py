@@ -49,3 +49,15 @@ def test_a_detector_is_not_judged_by_other_categories(finished, copied, change_a
     change_annotations(copied, "val", lambda content: content["categories"].append({"id": 90, "name": "spiral"}))
     with pytest.raises(convmae.UserError, match="has other categories than the detector"):
         evaluate(finished.folder, copied, engine=IN_PROCESS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere", "--weights", "nothing"], "nowhere/annotations/instances_val2017.json does not"),
+        (["--annotations", "nowhere.json", "--weights", "nothing"], "nowhere.json does not exist: check --annot"),
+        ([], "weights"),
+    ],
+)
+def test_the_command_line_ends_with_one_line_and_status_2(refused, arguments, message):
+    refused(message, "detect", "eval", *arguments)

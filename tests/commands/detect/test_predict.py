@@ -100,3 +100,21 @@ def test_damaged_pictures_stop_or_are_left_out(finished, copied, tmp_path, capsy
     found = predict(images, finished.folder, tmp_path / "found", draw=0, skip_damaged=True, engine=ON_CPU)
     assert "damaged images that were left out: 1" in capsys.readouterr().err
     assert str(broken) not in found.results.read_text()
+
+
+@pytest.mark.parametrize(
+    ("weights", "arguments", "message"),
+    [
+        ("nothing.safetensors", [], "no weights at nothing.safetensors"),
+        ("{autoencoder}", [], "holds no detector: train one first"),
+        ("{paper}", ["--threshold", "2"], "threshold is a score"),
+        ("{paper}", ["--image-size", "100"], "does not suit a detector"),
+        ("{paper}", ["--batch-size", "0"], "batch_size is 0"),
+        ("{paper}", ["--annotations", "{paper}"], "no file in COCO's format"),
+    ],
+)
+def test_the_command_line_ends_with_one_line_and_status_2(
+    refused, autoencoder_file, paper_file, weights, arguments, message
+):
+    arguments = [part.format(autoencoder=autoencoder_file, paper=paper_file) for part in [weights, *arguments]]
+    refused(message, "detect", "predict", "--images", "demo", "--weights", *arguments)

@@ -159,3 +159,15 @@ def test_mistakes_are_refused_before_anything_is_written(scenes, paper_file, tmp
         train(**{"data": str(scenes), "weights": paper_file, "output": tmp_path / "run", "engine": IN_PROCESS, **given})
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "nowhere/annotations/instances_train2017.json does not exist"),
+        (["--data", "nowhere", "--no-such-flag", "3"], "--no_such_flag"),
+        (["--optimizer.schedule", "sawtooth"], "--optimizer.schedule cannot be 'sawtooth'"),
+    ],
+)
+def test_the_command_line_ends_with_one_line_and_status_2(refused, arguments, message):
+    refused(message, "detect", "train", *arguments)

@@ -113,3 +113,24 @@ def test_impossible_ways_are_refused_before_the_work(
         assert message in str(error.value)
         assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere", "--weights", "nothing"], "nowhere/images/validation does not exist"),
+        (["--data", "{scenes}", "--weights", "nothing"], "no weights at nothing"),
+        (["--data", "{scenes}", "--weights", "{autoencoder}"], "holds no segmenter: train one first"),
+        (["--data", "{scenes}", "--weights", "{segmenter}", "--output", "table.txt"], "ends in .csv"),
+        (["--data", "{scenes}", "--weights", "{segmenter}", "--split", "test"], "--split cannot be 'test'"),
+        (["--data", "{scenes}", "--weights", "{segmenter}", "--inference.stride", "65"], "leaves gaps"),
+        (["--data", "{scenes}", "--weights", "{segmenter}", "--inference.window", "50"], "multiples of 16"),
+        (["--data", "{scenes}", "--weights", "{segmenter}", "--inference.scales", "[]"], "positive scales"),
+        ([], "weights"),
+    ],
+)
+def test_the_command_line_ends_with_one_line_and_status_2(
+    refused, autoencoder_file, segmenter_file, scenes, arguments, message
+):
+    files = {"autoencoder": autoencoder_file, "segmenter": segmenter_file, "scenes": scenes}
+    refused(message, "segment", "eval", *(part.format(**files) for part in arguments))

@@ -121,3 +121,21 @@ def test_damaged_pictures_stop_or_are_left_out(segmenter_file, copied, tmp_path,
     assert "damaged images that were left out: 1" in capsys.readouterr().err
     assert [path.stem for path in found.label_maps] == [path.stem for path in pictures_of(copied)[1:]]
     assert [path.stem for path in found.overlays] == [pictures_of(copied)[1].stem]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "demo", "--weights", "nothing.safetensors"], "no weights at nothing.safetensors"),
+        (["--images", "nowhere", "--weights", "{segmenter}"], "nowhere does not exist"),
+        (["--images", "demo", "--weights", "{autoencoder}"], "holds no segmenter: train one first"),
+        (["--images", "demo", "--weights", "{segmenter}", "--draw", "-1"], "draw cannot be below 0"),
+        (["--images", "demo", "--weights", "{segmenter}", "--batch-size", "0"], "batch_size is 0"),
+        (["--images", "demo", "--weights", "{segmenter}", "--output", "{segmenter}"], "is a file: choose"),
+    ],
+)
+def test_the_command_line_ends_with_one_line_and_status_2(
+    refused, autoencoder_file, segmenter_file, arguments, message
+):
+    files = {"autoencoder": autoencoder_file, "segmenter": segmenter_file}
+    refused(message, "segment", "predict", *(part.format(**files) for part in arguments))

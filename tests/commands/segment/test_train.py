@@ -269,3 +269,16 @@ def test_data_must_name_its_classes(copied, segmenter_file, tmp_path, small_segm
     (copied / "classes.txt").unlink()
     with pytest.raises(convmae.UserError, match=r"there is no classes\.txt in .*scenes: write a text file"):
         small_segmentation(copied, tmp_path / "run", segmenter_file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "nowhere/images/training does not exist: give ADE20K's folder as --data"),
+        (["--data", "nowhere", "--no-such-flag", "3"], "--no_such_flag"),
+        (["--data", "{scenes}", "--model", "giant"], "unknown model 'giant'"),
+        (["--data", "{scenes}", "--model", "tiny", "--batch-size", "1"], "batch normalisation needs two"),
+    ],
+)
+def test_the_command_line_ends_with_one_line_and_status_2(refused, scenes, arguments, message):
+    refused(message, "segment", "train", *(part.format(scenes=scenes) for part in arguments))
