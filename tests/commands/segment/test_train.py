@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import convmae
-from convmae import cli, weights
+from convmae import weights
 from convmae.commands.segment.evaluate import evaluate
 from convmae.commands.segment.predict import predict
 from convmae.commands.segment.train import VariationOptions, train
@@ -155,12 +155,11 @@ def test_the_demo_needs_no_data(segmenter_file, tmp_path, monkeypatch, label_map
     assert torch.equal(resumed.quality.confusion, run.quality.confusion)
 
 
-def test_flags_win_over_a_recipe(capsys):
+def test_flags_win_over_a_recipe(command_line):
     flags = ["--config", "segment_demo", "--data", "photos", "--epochs", "3", "--reduce-zero-label", "--inference.flip"]
-    with pytest.raises(SystemExit) as end:
-        cli.main(["segment", "train", *flags, "--inference.scales", "[0.5, 1]", "--print-config"])
-    assert end.value.code == 0
-    options = yaml.safe_load(capsys.readouterr().out)
+    status, out, _ = command_line("segment", "train", *flags, "--inference.scales", "[0.5, 1]", "--print-config")
+    assert status == 0
+    options = yaml.safe_load(out)
     assert (options["data"], options["epochs"], options["reduce_zero_label"]) == ("photos", 3, True)
     assert (options["inference"]["flip"], options["inference"]["scales"]) == (True, [0.5, 1.0])
     assert (options["model"], options["batch_size"], options["image_size"]) == ("tiny", 8, 128)  # the recipe's
