@@ -21,7 +21,7 @@ def test_each_example_is_shown_as_annotated_and_as_detected(network, source_of, 
     assert [picture.title for picture in drawn] == ["annotated", "detected"] * 6
     for number, (annotated, detected) in enumerate(zip(drawn[::2], drawn[1::2], strict=True)):
         truth = source.annotation(number * 20 // 6)
-        assert sorted(annotated.objects["labels"].tolist()) == sorted(truth.labels.tolist())
+        assert sorted(annotated.objects["labels"].tolist()) == sorted(truth.labels)
         assert (detected.objects["scores"] >= 0.5).all()
     with Image.open(tmp_path / "d.png") as image:
         assert min(image.size) > 300
