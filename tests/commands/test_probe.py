@@ -109,7 +109,7 @@ def test_a_stream_gives_the_same_figures(overlapping, autoencoder_file, fast, tm
 
 def test_the_published_form_learns_from_a_stream(overlapping, autoencoder_file, tmp_path, streams, small_probe):
     steps_of_all_images = {"epochs": 20, "batch_size": 72, "optimizer": LarsOptions(base_lr=90.0)}
-    result = small_probe(f"hfids/{overlapping}|72", autoencoder_file, tmp_path / "run", **steps_of_all_images)
+    result = small_probe(f"hfids/{overlapping}|72", tmp_path / "run", autoencoder_file, **steps_of_all_images)
     losses = [record["loss"] for record in read_metrics(result.folder)]
     assert losses[-1] < losses[0] - 0.05
     assert result.top1 > 0.3  # chance is 1/6
@@ -132,7 +132,7 @@ def test_each_image_is_read_once(overlapping, autoencoder_file, tmp_path, monkey
 def test_the_written_classifier_has_the_accuracy_that_was_told(
     overlapping, autoencoder_file, fast, tmp_path, form, small_probe
 ):
-    result = fast if form == "fast" else small_probe(overlapping, autoencoder_file, tmp_path / "run")
+    result = fast if form == "fast" else small_probe(overlapping, tmp_path / "run", autoencoder_file)
     model = convmae.load(result.checkpoint).eval()
     assert model.classes == CLASSES
     scores, truth = outputs_by_hand(model, overlapping / "val")
@@ -146,7 +146,7 @@ def test_the_written_classifier_has_the_accuracy_that_was_told(
 def test_only_the_head_is_new(overlapping, named_classifier_file, tmp_path, form, small_probe):
     """Of a fine-tuned classifier with other classes, encoder and norm stay bit for bit."""
     run = small_probe if form == "published" else probe
-    result = run(str(overlapping), named_classifier_file, tmp_path / "run", engine=IN_PROCESS)
+    result = run(str(overlapping), weights=named_classifier_file, output=tmp_path / "run", engine=IN_PROCESS)
     given, kept = load_file(named_classifier_file), load_file(result.checkpoint / "model.safetensors")
     assert given.keys() == kept.keys()
     different = {name for name in given if not torch.equal(given[name], kept[name])}
@@ -164,7 +164,7 @@ def test_the_result_is_written(fast, overlapping, autoencoder_file, tmp_path, ca
         "neighbours_top1": fast.neighbours_top1,
         "strength": fast.strength,
     }
-    result = small_probe(overlapping, autoencoder_file, tmp_path / "run", epochs=1)
+    result = small_probe(overlapping, tmp_path / "run", autoencoder_file, epochs=1)
     written = json.loads((tmp_path / "run" / "probe.json").read_text())
     assert (written["top1"], written["neighbours_top1"], written["strength"]) == (result.top1, None, None)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["form"] == "published"
@@ -192,10 +192,10 @@ def test_the_published_form_is_the_recipe_written_out(
 
     monkeypatch.setattr(ClassificationJob, "batches", recording)
     monkeypatch.setattr(run, "build_optimizer", lambda *given: optimizers.append(build(*given)) or optimizers[-1])
-    still = small_probe(overlapping, autoencoder_file, tmp_path / "still", epochs=1, optimizer=LarsOptions(base_lr=0.0))
+    still = small_probe(overlapping, tmp_path / "still", autoencoder_file, epochs=1, optimizer=LarsOptions(base_lr=0.0))
     start = load_file(still.folder / "checkpoints/step-00000004/head.safetensors")
     seen.clear()
-    trained = small_probe(overlapping, autoencoder_file, tmp_path / "run", optimizer=LarsOptions(base_lr=8.0))
+    trained = small_probe(overlapping, tmp_path / "run", autoencoder_file, optimizer=LarsOptions(base_lr=8.0))
     assert isinstance(optimizers[-1], Lars)
     end = load_file(trained.folder / "checkpoints/step-00000016/head.safetensors")
     assert end.keys() == {
@@ -246,7 +246,7 @@ def test_the_published_form_is_the_recipe_written_out(
 
 def test_the_published_form_learns(overlapping, autoencoder_file, tmp_path, small_probe):
     steps_of_all_images = {"epochs": 20, "batch_size": 72, "optimizer": LarsOptions(base_lr=90.0)}
-    result = small_probe(overlapping, autoencoder_file, tmp_path / "run", **steps_of_all_images)
+    result = small_probe(overlapping, tmp_path / "run", autoencoder_file, **steps_of_all_images)
     metrics = read_metrics(result.folder)
     losses = [record["loss"] for record in metrics]
     assert losses[0] == pytest.approx(math.log(6), abs=0.05)
@@ -257,28 +257,28 @@ def test_the_published_form_learns(overlapping, autoencoder_file, tmp_path, smal
 def test_a_run_goes_on_only_with_its_own_classes_and_encoder(
     overlapping, autoencoder_file, classifier_file, tmp_path, small_probe
 ):
-    small_probe(overlapping, autoencoder_file, tmp_path / "run", epochs=1)
+    small_probe(overlapping, tmp_path / "run", autoencoder_file, epochs=1)
     fewer, renamed = (shutil.copytree(overlapping, tmp_path / name) for name in ("fewer", "renamed"))
     for split in ("train", "val"):
         shutil.rmtree(fewer / split / "b")
         (renamed / split / "b").rename(renamed / split / "beta")
     for data, weights in ((fewer, autoencoder_file), (renamed, autoencoder_file), (overlapping, classifier_file)):
         with pytest.raises(convmae.UserError, match="another encoder or with other classes: choose another --output"):
-            small_probe(data, weights, tmp_path / "run", epochs=2, resume=True)
-    assert small_probe(overlapping, autoencoder_file, tmp_path / "run", epochs=2, resume=True).checkpoint.exists()
+            small_probe(data, tmp_path / "run", weights, epochs=2, resume=True)
+    assert small_probe(overlapping, tmp_path / "run", autoencoder_file, epochs=2, resume=True).checkpoint.exists()
 
 
 @pytest.mark.parametrize("form", ["fast", "published"])
 def test_a_result_is_never_overwritten(overlapping, autoencoder_file, tmp_path, form, small_probe, files_of):
     first = {"fast": probe, "published": small_probe}[form]
-    first(str(overlapping), autoencoder_file, tmp_path / "run", engine=IN_PROCESS)
+    first(str(overlapping), weights=autoencoder_file, output=tmp_path / "run", engine=IN_PROCESS)
     before = files_of(tmp_path / "run")
     for again in (probe, small_probe):
         with pytest.raises(convmae.UserError, match="choose another --output"):
-            again(str(overlapping), autoencoder_file, tmp_path / "run", engine=IN_PROCESS)
+            again(str(overlapping), weights=autoencoder_file, output=tmp_path / "run", engine=IN_PROCESS)
     if form == "fast":
         with pytest.raises(convmae.UserError, match="holds a result: choose another --output"):
-            small_probe(overlapping, autoencoder_file, tmp_path / "run", resume=True)
+            small_probe(overlapping, tmp_path / "run", autoencoder_file, resume=True)
     assert files_of(tmp_path / "run") == before
 
 
@@ -292,10 +292,10 @@ def test_a_damaged_image_stops_and_skip_damaged_goes_on(
         path.write_bytes(b"no picture")
     run = small_probe if form == "published" else probe
     with pytest.raises(convmae.UserError, match=r"png cannot be decoded.*--skip-damaged") as error:
-        run(str(data), autoencoder_file, tmp_path / "run", engine=IN_PROCESS)
+        run(str(data), weights=autoencoder_file, output=tmp_path / "run", engine=IN_PROCESS)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "probe.json").exists()
-    result = run(str(data), autoencoder_file, tmp_path / "other", skip_damaged=True, engine=IN_PROCESS)
+    result = run(str(data), weights=autoencoder_file, output=tmp_path / "other", skip_damaged=True, engine=IN_PROCESS)
     listed = (tmp_path / "other" / "undecodable-images.txt").read_text().splitlines()
     assert sorted(line.partition(":")[0] for line in listed) == list(map(str, broken))
     assert "2 images could not be decoded" in capsys.readouterr().out
