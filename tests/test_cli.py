@@ -4,29 +4,15 @@ import sys
 import pytest
 import yaml
 
-from convmae import cli
+from convmae.commands import COMMANDS
 
 
-def run(capsys, *arguments):
-    """Exit status, standard output and standard error of a command run in this process."""
-    try:
-        cli.main(list(arguments))
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def test_ctrl_c_ends_without_a_traceback(capsys, monkeypatch):
-    def interrupted(model: str = "base"):
+def test_ctrl_c_ends_without_a_traceback(command_line, monkeypatch):
+    def info(model: str = "base"):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "info", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["info"])
-    assert stop.value.code == 130
-    assert capsys.readouterr().err == "convmae: stopped\n"
+    monkeypatch.setattr("convmae.commands.info.info", info)
+    assert command_line("info") == (130, "", "convmae: stopped\n")
 
 
 @pytest.mark.parametrize(
@@ -45,6 +31,10 @@ def test_ctrl_c_ends_without_a_traceback(capsys, monkeypatch):
         (["info", "--task", "segmentation", "--image-size", "40"], "40x40 does not suit a segmenter"),
         (["segment", "train", "--data", "no/such/folder"], "no/such/folder/images/training does not exist"),
         (["dance"], "invalid choice: 'dance'"),
+        (["detect", "dance"], "dance"),
+        (["detect"], "expected a subcommand to be one of {train,eval,predict}"),
+        (["segment", "dance"], "dance"),
+        (["segment"], "expected a subcommand to be one of {train,eval,predict}"),
         (["pretrain", "--data", "demo", "--image-size", "32,48"], "--image-size cannot be '32,48'"),
         (["pretrain", "--data", "demo", "--engine.accelerator", "abacus"], "--engine.accelerator cannot be 'abacus'"),
         (["pretrain", "--data", __file__, "--model", "tiny"], "is a file: give the folder"),
@@ -53,19 +43,12 @@ def test_ctrl_c_ends_without_a_traceback(capsys, monkeypatch):
         (["pretrain", "--data", "demo", "--model", "tiny", "--weights", __file__], "test_cli.py is damaged"),
     ],
 )
-def test_mistakes_are_one_line_with_status_2(capsys, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    status, out, err = run(capsys, *arguments)
-    assert status == 2
-    assert message in err
-    assert err.startswith("convmae: ")
-    assert err.count("\n") == 1
-    assert out == ""
-    assert list(tmp_path.iterdir()) == []
+def test_mistakes_are_one_line_with_status_2(refused, arguments, message):
+    refused(message, *arguments)
 
 
-def test_a_missing_option_keeps_the_name_that_the_user_types(capsys):
-    status, _, err = run(capsys, "pretrain")
+def test_a_missing_option_keeps_the_name_that_the_user_types(command_line):
+    status, _, err = command_line("pretrain")
     assert status == 2
     assert "--data" in err
 
@@ -92,8 +75,8 @@ def test_a_missing_option_keeps_the_name_that_the_user_types(capsys):
         ],
     ],
 )
-def test_flags_with_hyphens_and_bare_switches(capsys, flags):
-    status, out, _ = run(capsys, "pretrain", "--data", "x", *flags, "--print_config")
+def test_flags_with_hyphens_and_bare_switches(command_line, flags):
+    status, out, _ = command_line("pretrain", "--data", "x", *flags, "--print_config")
     assert status == 0
     options = yaml.safe_load(out)
     assert (options["image_size"], options["optimizer"]["base_lr"]) == (64, 0.5)
@@ -103,9 +86,9 @@ def test_flags_with_hyphens_and_bare_switches(capsys, flags):
 @pytest.mark.parametrize(
     ("flags", "value"), [([], None), (["--reduce-zero-label"], True), (["--reduce-zero-label", "false"], False)]
 )
-def test_a_switch_that_has_a_default_of_its_own(capsys, flags, value):
+def test_a_switch_that_has_a_default_of_its_own(command_line, flags, value):
     """True, false, or left to the command."""
-    status, out, _ = run(capsys, "segment", "train", *flags, "--data", "x", "--print_config")
+    status, out, _ = command_line("segment", "train", *flags, "--data", "x", "--print_config")
     assert status == 0
     assert yaml.safe_load(out)["reduce_zero_label"] is value
 
@@ -113,24 +96,24 @@ def test_a_switch_that_has_a_default_of_its_own(capsys, flags, value):
 @pytest.mark.parametrize(
     "flags", [["--config", "base_200ep", "--epochs", "7"], ["--epochs", "7", "--config=base_200ep"]]
 )
-def test_flags_win_over_a_recipe_on_either_side_of_it(capsys, flags):
-    status, out, _ = run(capsys, "pretrain", "--data", "x", *flags, "--print-config")
+def test_flags_win_over_a_recipe_on_either_side_of_it(command_line, flags):
+    status, out, _ = command_line("pretrain", "--data", "x", *flags, "--print-config")
     assert status == 0
     options = yaml.safe_load(out)
     assert options["epochs"] == 7
     assert options["batch_size"] == 2048
 
 
-def test_every_option_is_explained(capsys):
+def test_every_option_is_explained(command_line):
     commands = [
         [name, part] if part else [name]
-        for name, command in cli.COMMANDS.items()
-        for part in (command.keys() - {"_help"} if isinstance(command, dict) else [None])
+        for name, entry in COMMANDS.items()
+        for part in (entry.keys() - {"_help"} if isinstance(entry, dict) else [None])
     ]
     assert ["detect", "train"] in commands
     assert ["segment", "train"] in commands
     for command in commands:
-        status, out, _ = run(capsys, *command, "--help")
+        status, out, _ = command_line(*command, "--help")
         assert status == 0
         lines = out[out.index("options:") :].splitlines()
         options = [number for number, line in enumerate(lines) if line.startswith("  --")]
@@ -142,10 +125,10 @@ def test_every_option_is_explained(capsys):
 
 def test_python_dash_m_works():
     done = subprocess.run([sys.executable, "-m", "convmae", "--help"], capture_output=True, text=True, check=True)
-    assert all(command in done.stdout for command in cli.COMMANDS)
+    assert all(command in done.stdout for command in COMMANDS)
 
 
-def test_the_version_is_told(capsys):
-    status, out, _ = run(capsys, "--version")
+def test_the_version_is_told(command_line):
+    status, out, _ = command_line("--version")
     assert status == 0
     assert out.strip() == "convmae 0.1.0"

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 import convmae
-from convmae import cli
+from convmae.commands import COMMANDS, command
 
 
 def test_every_public_name_is_there():
@@ -14,12 +14,12 @@ def test_every_public_name_is_there():
 
 
 def test_every_command_is_a_python_call():
-    for name, command in cli.COMMANDS.items():
-        if isinstance(command, dict):
+    for name, entry in COMMANDS.items():
+        if isinstance(entry, dict):
             functions = {getattr(getattr(convmae, name), function) for function in getattr(convmae, name).__all__}
-            assert functions == {function for part, function in command.items() if part != "_help"}
+            assert functions == {command(module) for part, module in entry.items() if part != "_help"}
         else:
-            assert getattr(convmae, name) is command
+            assert getattr(convmae, name) is command(entry)
 
 
 def test_importing_loads_no_engine():

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 from jsonargparse import auto_parser
 
 from convmae.cli import recipes
@@ -11,6 +12,22 @@ from convmae.commands.finetune import finetune
 from convmae.commands.pretrain import pretrain
 from convmae.commands.probe import probe
 from convmae.commands.segment import train as train_segmenter
+from convmae.training.folder import plain_settings
+
+COMMANDS = {
+    **dict.fromkeys([f"base_{epochs}ep" for epochs in (200, 400, 800, 1600)], pretrain),
+    **dict.fromkeys([f"base_{epochs}ep_single_scale" for epochs in (200, 400, 800, 1600)], pretrain),
+    "base_50ep_complementary": pretrain,
+    "demo": pretrain,
+    "finetune_base_100ep": finetune,
+    "probe_base_90ep": probe,
+    "detect_base_25ep": train_detector,
+    "detect_base_25ep_vitdet": train_detector,
+    "detect_demo": train_detector,
+    "segment_base_160k": train_segmenter,
+    "segment_demo": train_segmenter,
+}
+"""Which command each recipe is for."""
 
 PAPER = [name for name in recipes() if name.startswith("base_")]
 
@@ -18,6 +35,32 @@ PAPER = [name for name in recipes() if name.startswith("base_")]
 def parsed(name, *flags, command=pretrain):
     parser = auto_parser(command, as_positional=False)
     return parser.instantiate(parser.parse_args(["--config", str(recipes()[name]), "--data", "photos", *flags]))
+
+
+def test_no_recipe_is_forgotten():
+    """Neither by the table above nor by the package, which has one file for each."""
+    assert recipes().keys() == COMMANDS.keys()
+    assert {path.name for path in next(iter(recipes().values())).parent.iterdir()} == {
+        f"{name}.yaml" for name in COMMANDS
+    }
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS.items())
+def test_a_recipe_is_taken_by_its_command_and_all_that_it_says_holds(name, command):
+    """Read by YAML alone, and by the command."""
+    options = parsed(name, *(["--weights", "run"] if command is probe else []), command=command)
+
+    def holds(said, taken):
+        for key, value in said.items():
+            found = getattr(taken, key)
+            if isinstance(value, dict):
+                holds(value, found)
+            else:
+                assert plain_settings(found) == value, key
+
+    said = yaml.safe_load(recipes()[name].read_text())
+    assert said
+    holds({key: value for key, value in said.items() if key != "data"}, options)
 
 
 def test_all_of_the_paper_s_schedules_ship():
@@ -55,8 +98,9 @@ def test_flags_override_a_recipe():
     assert options.batch_size == 2048
 
 
-def test_the_demo_parses():
-    assert parsed("demo").model == "tiny"
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name.endswith("demo")])
+def test_demos_are_of_the_tiny_model(name):
+    assert parsed(name, command=COMMANDS[name]).model == "tiny"
 
 
 def test_fine_tuning_holds_the_published_settings():
@@ -107,10 +151,6 @@ def test_vitdet_s_detector_holds_the_published_settings():
     assert options.epochs * (118_287 // 16) == pytest.approx(184_375, rel=0.003)
 
 
-def test_the_detector_s_demo_parses():
-    assert parsed("detect_demo", command=train_detector).model == "tiny"
-
-
 def test_the_detector_s_defaults_are_the_paper_s():
     parser = auto_parser(train_detector, as_positional=False)
     defaults = parser.instantiate(parser.parse_args(["--data", "photos"]))
@@ -143,10 +183,6 @@ def test_the_segmenter_holds_the_published_settings():
         (1.0,),
         False,
     )
-
-
-def test_the_segmenter_s_demo_parses():
-    assert parsed("segment_demo", command=train_segmenter).model == "tiny"
 
 
 def test_the_segmenter_s_defaults_are_the_paper_s():

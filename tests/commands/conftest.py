@@ -1,62 +1,122 @@
-"""A few small images and tiny weights files for the commands that put a trained model to use."""
+"""A small run of each training command, as short as it can be and still have several epochs of several steps."""
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 import convmae
-from convmae import weights
+from convmae.data.augmentation import NO_AUGMENTATION
+from convmae.training.checkpoint import CheckpointOptions
+from convmae.training.engine import EngineOptions
+from convmae.training.logging import LoggingOptions, PictureLoggingOptions
+from convmae.training.optimizer import (
+    DetectionOptimizerOptions,
+    LarsOptions,
+    LayerDecayOptions,
+    SegmentationOptimizerOptions,
+)
 
-_SMALL = {"widths": (16, 24, 32), "depths": (1, 1, 2), "num_heads": 4, "image_size": 32}
-
-
-@pytest.fixture(scope="session")
-def photographs(tmp_path_factory):
-    """A folder of ten small images of different shapes, in nested folders; treat it as read-only."""
-    folder = tmp_path_factory.mktemp("photographs") / "images"
-    numbers = np.random.default_rng(0)
-    for index in range(10):
-        path = folder / ("a", "b/c")[index % 2] / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        coarse = numbers.integers(0, 256, (5, 4, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((40 + 3 * index, 50), Image.Resampling.BICUBIC).save(path)
-    return folder
-
-
-def _trained(create, folder, name, **settings):
-    """A weights file whose features differ visibly between images, as those of a trained model do."""
-    torch.manual_seed(0)
-    model = create("tiny", **_SMALL, **settings)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(3)
-    path = folder / f"{name}.safetensors"
-    weights.save_model(path, model)
-    return path
+IN_PROCESS = EngineOptions("cpu", "float32", 0)
+EACH_STEP = LoggingOptions(every_steps=1)
 
 
 @pytest.fixture(scope="session")
-def autoencoder_file(tmp_path_factory):
-    """Weights file of a tiny autoencoder for images of 32 x 32."""
-    return _trained(convmae.create_autoencoder, tmp_path_factory.mktemp("weights"), "autoencoder")
+def photos(write_photographs, tmp_path_factory):
+    """Twelve small pictures in nested folders."""
+    files = [(f"depth{index % 3}/deeper/{index}.png", (80, 60)) for index in range(12)]
+    return write_photographs(tmp_path_factory.mktemp("photos") / "images", files)
 
 
 @pytest.fixture(scope="session")
-def grey_autoencoder_file(tmp_path_factory):
-    """The same for grey images."""
-    return _trained(convmae.create_autoencoder, tmp_path_factory.mktemp("weights"), "grey", in_channels=1)
+def small_pretraining():
+    """small_pretraining(data, output, **changes): of twelve photos three steps an epoch."""
+
+    def run(data, output, **changes):
+        settings = {
+            "model": "tiny",
+            "epochs": 3,
+            "batch_size": 4,
+            "image_size": 32,
+            "engine": EngineOptions("cpu", workers=0),
+            "logging": PictureLoggingOptions(every_steps=1, pictures_every_epochs=2),
+        }
+        return convmae.pretrain(data=str(data), output=output, **{**settings, **changes})
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def classifier_file(tmp_path_factory):
-    """Weights file of a tiny classifier of three classes without names."""
-    return _trained(convmae.create_classifier, tmp_path_factory.mktemp("weights"), "classifier", num_classes=3)
+def small_finetuning():
+    """small_finetuning(data, output, weights=None, **changes): of 48 images six steps an epoch; nothing is varied."""
+
+    def run(data, output, weights=None, **changes):
+        settings = {
+            "weights": weights,
+            "model": "tiny",
+            "epochs": 2,
+            "batch_size": 8,
+            "image_size": 32,
+            "drop_path": 0.0,
+            "augmentation": NO_AUGMENTATION,
+            "optimizer": LayerDecayOptions(base_lr=0.1, layer_decay=0.8),
+            "engine": IN_PROCESS,
+            "logging": EACH_STEP,
+        }
+        return convmae.finetune(data=str(data), output=output, **{**settings, **changes})
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def named_classifier_file(tmp_path_factory):
-    """The same with names."""
-    folder = tmp_path_factory.mktemp("weights")
-    return _trained(convmae.create_classifier, folder, "named", num_classes=3, classes=["cat", "dog", "[b]owl"])
+def small_probe():
+    """small_probe(data, output, weights, **changes): of the published form, of 48 images three steps an epoch."""
+
+    def run(data, output, weights, **changes):
+        settings = {
+            "form": "published",
+            "epochs": 4,
+            "batch_size": 16,
+            "optimizer": LarsOptions(base_lr=8.0),
+            "engine": IN_PROCESS,
+            "checkpoint": CheckpointOptions(every_epochs=1, keep=1),
+            "logging": EACH_STEP,
+        }
+        return convmae.probe(data=str(data), weights=weights, output=output, **{**settings, **changes})
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_detection():
+    """small_detection(data, output, weights, **changes): of twelve scenes three steps an epoch."""
+    from convmae.commands.detect.train import JitterOptions
+
+    def run(data, output, weights, **changes):
+        settings = {
+            "epochs": 2,
+            "batch_size": 4,
+            "jitter": JitterOptions(scale=(0.5, 1.5)),
+            "optimizer": DetectionOptimizerOptions(base_lr=0.1),
+            "engine": IN_PROCESS,
+            "logging": EACH_STEP,
+        }
+        return convmae.detect.train(data=str(data), weights=weights, output=output, **{**settings, **changes})
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_segmentation():
+    """small_segmentation(data, output, weights, **changes): of twelve scenes three steps an epoch."""
+    from convmae.commands.segment.train import VariationOptions
+
+    def run(data, output, weights, **changes):
+        settings = {
+            "epochs": 2,
+            "batch_size": 4,
+            "variation": VariationOptions(scale=(0.8, 1.5)),
+            "optimizer": SegmentationOptimizerOptions(base_lr=0.1),
+            "engine": IN_PROCESS,
+            "logging": EACH_STEP,
+        }
+        return convmae.segment.train(data=str(data), weights=weights, output=output, **{**settings, **changes})
+
+    return run

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import signal
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,17 +15,15 @@ from torch.nn.functional import cross_entropy
 from torchvision.transforms import CenterCrop, InterpolationMode, PILToTensor, Resize
 
 import convmae
-from convmae import cli
-from convmae.commands import classification
-from convmae.commands import probe as module
 from convmae.commands.probe import probe
 from convmae.data.sources import ImageCollection
 from convmae.evaluation.linear import STRENGTHS
 from convmae.kinds import load_classifier
-from convmae.training.checkpoint import CheckpointOptions, read_state
+from convmae.tasks.classification.job import ClassificationJob
+from convmae.training import run
+from convmae.training.checkpoint import CheckpointOptions
 from convmae.training.engine import EngineOptions
-from convmae.training.logging import LoggingOptions, read_metrics
-from convmae.training.loop import Interrupted
+from convmae.training.logging import read_metrics
 from convmae.training.optimizer import LarsOptions
 
 IN_PROCESS = EngineOptions("cpu", "float32", 0)
@@ -36,19 +31,12 @@ CLASSES = ["a", "b", "c", "d", "e", "f"]
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
+def overlapping(write_classes, tmp_path_factory):
     """Six classes of noise whose colours overlap, 12 images each, 6 for validation; treat it as read-only."""
-    folder = tmp_path_factory.mktemp("labelled")
     numbers = np.random.default_rng(0)
-    centres = numbers.uniform(40, 215, (6, 3))
-    for split, count in (("train", 12), ("val", 6)):
-        for name, centre in zip(CLASSES, centres, strict=True):
-            (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                colour = numbers.normal(centre, 35)
-                pixels = numbers.normal(colour, 30, (36, 40, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{index:02d}.png")
-    return folder
+    colours = dict(zip(CLASSES, numbers.uniform(40, 215, (6, 3)), strict=True))
+    folder = tmp_path_factory.mktemp("overlapping") / "images"
+    return write_classes(folder, {"train": 12, "val": 6}, colours, shades=35, noise=30, numbers=numbers)
 
 
 def crop(path, size=32):
@@ -76,28 +64,15 @@ def share_of_hits(scores, labels):
 
 
 @pytest.fixture(scope="module")
-def fast(labelled, autoencoder_file, tmp_path_factory):
+def fast(overlapping, autoencoder_file, tmp_path_factory):
     """The result of the fast form; treat it as read-only."""
-    return probe(str(labelled), autoencoder_file, tmp_path_factory.mktemp("runs") / "probe", engine=IN_PROCESS)
+    return probe(str(overlapping), autoencoder_file, tmp_path_factory.mktemp("runs") / "probe", engine=IN_PROCESS)
 
 
-def published(data, weights, output, **changes):
-    settings = {
-        "form": "published",
-        "epochs": 4,
-        "batch_size": 16,
-        "optimizer": LarsOptions(base_lr=8.0),
-        "engine": IN_PROCESS,
-        "checkpoint": CheckpointOptions(every_epochs=1, keep=1),
-        "logging": LoggingOptions(every_steps=1),
-    }
-    return probe(str(data), weights, output, **{**settings, **changes})
-
-
-def test_the_linear_figures_are_scikit_learn_s(fast, labelled, autoencoder_file):
+def test_the_linear_figures_are_scikit_learn_s(fast, overlapping, autoencoder_file):
     linear_model = pytest.importorskip("sklearn.linear_model")
-    features, labels = features_by_hand(autoencoder_file, labelled / "train")
-    queries, truth = features_by_hand(autoencoder_file, labelled / "val")
+    features, labels = features_by_hand(autoencoder_file, overlapping / "train")
+    queries, truth = features_by_hand(autoencoder_file, overlapping / "val")
     mean, deviation = features.mean(dim=0), features.std(dim=0, correction=0)
     # scikit-learn's C weighs the sum of the losses against half of the squared weights.
     regression = linear_model.LogisticRegression(C=1 / (len(features) * fast.strength), max_iter=10_000, tol=1e-8)
@@ -110,10 +85,10 @@ def test_the_linear_figures_are_scikit_learn_s(fast, labelled, autoencoder_file)
     assert 0.4 < fast.top1 < 1  # chance is 1/6, and the classes overlap
 
 
-def test_the_nearest_neighbours_are_scikit_learn_s(labelled, autoencoder_file, fast, tmp_path):
+def test_the_nearest_neighbours_are_scikit_learn_s(overlapping, autoencoder_file, fast, tmp_path):
     sklearn = pytest.importorskip("sklearn.neighbors")
-    features, labels = features_by_hand(autoencoder_file, labelled / "train")
-    queries, truth = features_by_hand(autoencoder_file, labelled / "val")
+    features, labels = features_by_hand(autoencoder_file, overlapping / "train")
+    queries, truth = features_by_hand(autoencoder_file, overlapping / "val")
     found = []
     for neighbours in (1, 20):
         voting = sklearn.KNeighborsClassifier(
@@ -121,30 +96,26 @@ def test_the_nearest_neighbours_are_scikit_learn_s(labelled, autoencoder_file, f
         )
         voting.fit(features.double().numpy(), labels.numpy())
         found.append(voting.score(queries.double().numpy(), truth.numpy()))
-    nearest = probe(str(labelled), autoencoder_file, tmp_path / "one", neighbours=1, engine=IN_PROCESS)
+    nearest = probe(str(overlapping), autoencoder_file, tmp_path / "one", neighbours=1, engine=IN_PROCESS)
     assert [nearest.neighbours_top1, fast.neighbours_top1] == pytest.approx(found)
     assert found[0] != found[1]
 
 
-def test_a_stream_gives_the_same_figures(labelled, autoencoder_file, fast, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    streamed = probe(f"hfids/{labelled}", autoencoder_file, tmp_path / "probe", engine=IN_PROCESS)
+def test_a_stream_gives_the_same_figures(overlapping, autoencoder_file, fast, tmp_path, streams):
+    streamed = probe(f"hfids/{overlapping}", autoencoder_file, tmp_path / "probe", engine=IN_PROCESS)
     assert streamed.neighbours_top1 == fast.neighbours_top1
     assert (streamed.top1, streamed.top5) == pytest.approx((fast.top1, fast.top5), abs=1.01 / 36)
 
 
-def test_the_published_form_learns_from_a_stream(labelled, autoencoder_file, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_the_published_form_learns_from_a_stream(overlapping, autoencoder_file, tmp_path, streams, small_probe):
     steps_of_all_images = {"epochs": 20, "batch_size": 72, "optimizer": LarsOptions(base_lr=90.0)}
-    result = published(f"hfids/{labelled}|72", autoencoder_file, tmp_path / "run", **steps_of_all_images)
+    result = small_probe(f"hfids/{overlapping}|72", tmp_path / "run", autoencoder_file, **steps_of_all_images)
     losses = [record["loss"] for record in read_metrics(result.folder)]
     assert losses[-1] < losses[0] - 0.05
     assert result.top1 > 0.3  # chance is 1/6
 
 
-def test_each_image_is_read_once(labelled, autoencoder_file, tmp_path, monkeypatch):
+def test_each_image_is_read_once(overlapping, autoencoder_file, tmp_path, monkeypatch):
     opened = []
     open_annotated = ImageCollection.open_annotated
 
@@ -153,27 +124,29 @@ def test_each_image_is_read_once(labelled, autoencoder_file, tmp_path, monkeypat
         return open_annotated(self, index)
 
     monkeypatch.setattr(ImageCollection, "open_annotated", counting)
-    probe(str(labelled), autoencoder_file, tmp_path / "probe", batch_size=7, engine=IN_PROCESS)
-    assert sorted(opened) == sorted(map(str, labelled.rglob("*.png")))
+    probe(str(overlapping), autoencoder_file, tmp_path / "probe", batch_size=7, engine=IN_PROCESS)
+    assert sorted(opened) == sorted(map(str, overlapping.rglob("*.png")))
 
 
 @pytest.mark.parametrize("form", ["fast", "published"])
-def test_the_written_classifier_has_the_accuracy_that_was_told(labelled, autoencoder_file, fast, tmp_path, form):
-    result = fast if form == "fast" else published(labelled, autoencoder_file, tmp_path / "run")
+def test_the_written_classifier_has_the_accuracy_that_was_told(
+    overlapping, autoencoder_file, fast, tmp_path, form, small_probe
+):
+    result = fast if form == "fast" else small_probe(overlapping, tmp_path / "run", autoencoder_file)
     model = convmae.load(result.checkpoint).eval()
     assert model.classes == CLASSES
-    scores, truth = outputs_by_hand(model, labelled / "val")
+    scores, truth = outputs_by_hand(model, overlapping / "val")
     assert result.top1 == pytest.approx(share_of_hits(scores, truth))
-    predictions = convmae.predict(str(labelled / "val" / "c"), result.checkpoint, top=1, engine=IN_PROCESS)
+    predictions = convmae.predict(str(overlapping / "val" / "c"), result.checkpoint, top=1, engine=IN_PROCESS)
     # Class c is number 2, with the images from 12 on.
     assert [one.classes[0] for one in predictions] == [CLASSES[guess] for guess in scores[12:18].argmax(dim=1)]
 
 
 @pytest.mark.parametrize("form", ["fast", "published"])
-def test_only_the_head_is_new(labelled, named_classifier_file, tmp_path, form):
+def test_only_the_head_is_new(overlapping, named_classifier_file, tmp_path, form, small_probe):
     """Of a fine-tuned classifier with other classes, encoder and norm stay bit for bit."""
-    run = published if form == "published" else probe
-    result = run(str(labelled), named_classifier_file, tmp_path / "run", engine=IN_PROCESS)
+    run = small_probe if form == "published" else probe
+    result = run(str(overlapping), weights=named_classifier_file, output=tmp_path / "run", engine=IN_PROCESS)
     given, kept = load_file(named_classifier_file), load_file(result.checkpoint / "model.safetensors")
     assert given.keys() == kept.keys()
     different = {name for name in given if not torch.equal(given[name], kept[name])}
@@ -181,7 +154,7 @@ def test_only_the_head_is_new(labelled, named_classifier_file, tmp_path, form):
     assert kept["head.weight"].shape == (6, 32)
 
 
-def test_the_result_is_written(fast, labelled, autoencoder_file, tmp_path, capsys):
+def test_the_result_is_written(fast, overlapping, autoencoder_file, tmp_path, capsys, small_probe):
     written = json.loads((fast.folder / "probe.json").read_text())
     assert written == {
         "folder": str(fast.folder),
@@ -191,7 +164,7 @@ def test_the_result_is_written(fast, labelled, autoencoder_file, tmp_path, capsy
         "neighbours_top1": fast.neighbours_top1,
         "strength": fast.strength,
     }
-    result = published(labelled, autoencoder_file, tmp_path / "run", epochs=1)
+    result = small_probe(overlapping, tmp_path / "run", autoencoder_file, epochs=1)
     written = json.loads((tmp_path / "run" / "probe.json").read_text())
     assert (written["top1"], written["neighbours_top1"], written["strength"]) == (result.top1, None, None)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["form"] == "published"
@@ -200,27 +173,29 @@ def test_the_result_is_written(fast, labelled, autoencoder_file, tmp_path, capsy
     assert "linear layer, 1 epochs" in printed
 
 
-def test_grey_encoders_are_given_grey_images(labelled, grey_autoencoder_file, tmp_path):
-    result = probe(str(labelled), grey_autoencoder_file, tmp_path / "probe", engine=IN_PROCESS)
+def test_grey_encoders_are_given_grey_images(overlapping, grey_autoencoder_file, tmp_path):
+    result = probe(str(overlapping), grey_autoencoder_file, tmp_path / "probe", engine=IN_PROCESS)
     assert convmae.load(result.checkpoint).settings["in_channels"] == 1
 
 
-def test_the_published_form_is_the_recipe_written_out(labelled, autoencoder_file, tmp_path, monkeypatch):
+def test_the_published_form_is_the_recipe_written_out(
+    overlapping, autoencoder_file, tmp_path, monkeypatch, small_probe
+):
     """Batch normalisation without weights, a linear layer, LARS with momentum 0.9 and no decay, a cosine to 0."""
     seen, optimizers = [], []
-    batches, build = classification.LabelledBatches.training, module.build_lars
+    batches, build = ClassificationJob.batches, run.build_optimizer
 
     def recording(self, epoch, first):
         for images, targets in batches(self, epoch, first):
             seen.append((images.clone(), targets))
             yield images, targets
 
-    monkeypatch.setattr(classification.LabelledBatches, "training", recording)
-    monkeypatch.setattr(module, "build_lars", lambda *given: optimizers.append(build(*given)) or optimizers[-1])
-    still = published(labelled, autoencoder_file, tmp_path / "still", epochs=1, optimizer=LarsOptions(base_lr=0.0))
+    monkeypatch.setattr(ClassificationJob, "batches", recording)
+    monkeypatch.setattr(run, "build_optimizer", lambda *given: optimizers.append(build(*given)) or optimizers[-1])
+    still = small_probe(overlapping, tmp_path / "still", autoencoder_file, epochs=1, optimizer=LarsOptions(base_lr=0.0))
     start = load_file(still.folder / "checkpoints/step-00000004/head.safetensors")
     seen.clear()
-    trained = published(labelled, autoencoder_file, tmp_path / "run", optimizer=LarsOptions(base_lr=8.0))
+    trained = small_probe(overlapping, tmp_path / "run", autoencoder_file, optimizer=LarsOptions(base_lr=8.0))
     assert isinstance(optimizers[-1], Lars)
     end = load_file(trained.folder / "checkpoints/step-00000016/head.safetensors")
     assert end.keys() == {
@@ -262,16 +237,16 @@ def test_the_published_form_is_the_recipe_written_out(labelled, autoencoder_file
     torch.testing.assert_close(end["norm.running_mean"], mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(end["norm.running_var"], variance, rtol=1e-4, atol=1e-5)
 
-    queries, _ = features_by_hand(autoencoder_file, labelled / "val")
+    queries, _ = features_by_hand(autoencoder_file, overlapping / "val")
     with torch.inference_mode():
         expected = ((queries - mean) / (variance + 1e-6).sqrt()) @ weight.T + bias
-        scores, _ = outputs_by_hand(convmae.load(trained.checkpoint).eval(), labelled / "val")
+        scores, _ = outputs_by_hand(convmae.load(trained.checkpoint).eval(), overlapping / "val")
     torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_published_form_learns(labelled, autoencoder_file, tmp_path):
+def test_the_published_form_learns(overlapping, autoencoder_file, tmp_path, small_probe):
     steps_of_all_images = {"epochs": 20, "batch_size": 72, "optimizer": LarsOptions(base_lr=90.0)}
-    result = published(labelled, autoencoder_file, tmp_path / "run", **steps_of_all_images)
+    result = small_probe(overlapping, tmp_path / "run", autoencoder_file, **steps_of_all_images)
     metrics = read_metrics(result.folder)
     losses = [record["loss"] for record in metrics]
     assert losses[0] == pytest.approx(math.log(6), abs=0.05)
@@ -279,70 +254,48 @@ def test_the_published_form_learns(labelled, autoencoder_file, tmp_path):
     assert result.top1 == metrics[-1]["top1"] > 0.3  # chance is 1/6
 
 
-def test_a_stopped_run_resumes_bit_for_bit(labelled, autoencoder_file, tmp_path, monkeypatch):
-    straight = published(labelled, autoencoder_file, tmp_path / "straight")
-    batches = classification.LabelledBatches.training
-
-    def stopping(self, epoch, first):
-        for number, batch in enumerate(batches(self, epoch, first), start=first):
-            if (epoch, number) == (2, 1):
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-    with monkeypatch.context() as patch:
-        patch.setattr(classification.LabelledBatches, "training", stopping)
-        with pytest.raises(Interrupted, match=r"stopped at step 10 of 16: .*continue with --resume"):
-            published(labelled, autoencoder_file, tmp_path / "broken")
-    assert not (tmp_path / "broken" / "probe.json").exists()
-    resumed = published(labelled, autoencoder_file, tmp_path / "broken", resume=True)
-    for name in ("model.safetensors", "checkpoints/step-00000016/head.safetensors"):
-        first, second = (load_file(tmp_path / run / name) for run in ("straight", "broken"))
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first)
-    states = [read_state(tmp_path / run / "checkpoints/step-00000016") for run in ("straight", "broken")]
-    momenta = [state["optimizer"]["state"][0]["momentum_buffer"] for state in states]
-    assert torch.equal(*momenta)
-    assert replace(resumed, folder=0, checkpoint=0) == replace(straight, folder=0, checkpoint=0)
-
-
-def test_a_run_goes_on_only_with_its_own_classes_and_encoder(labelled, autoencoder_file, classifier_file, tmp_path):
-    published(labelled, autoencoder_file, tmp_path / "run", epochs=1)
-    fewer, renamed = (shutil.copytree(labelled, tmp_path / name) for name in ("fewer", "renamed"))
+def test_a_run_goes_on_only_with_its_own_classes_and_encoder(
+    overlapping, autoencoder_file, classifier_file, tmp_path, small_probe
+):
+    small_probe(overlapping, tmp_path / "run", autoencoder_file, epochs=1)
+    fewer, renamed = (shutil.copytree(overlapping, tmp_path / name) for name in ("fewer", "renamed"))
     for split in ("train", "val"):
         shutil.rmtree(fewer / split / "b")
         (renamed / split / "b").rename(renamed / split / "beta")
-    for data, weights in ((fewer, autoencoder_file), (renamed, autoencoder_file), (labelled, classifier_file)):
+    for data, weights in ((fewer, autoencoder_file), (renamed, autoencoder_file), (overlapping, classifier_file)):
         with pytest.raises(convmae.UserError, match="another encoder or with other classes: choose another --output"):
-            published(data, weights, tmp_path / "run", epochs=2, resume=True)
-    assert published(labelled, autoencoder_file, tmp_path / "run", epochs=2, resume=True).checkpoint.exists()
+            small_probe(data, tmp_path / "run", weights, epochs=2, resume=True)
+    assert small_probe(overlapping, tmp_path / "run", autoencoder_file, epochs=2, resume=True).checkpoint.exists()
 
 
 @pytest.mark.parametrize("form", ["fast", "published"])
-def test_a_result_is_never_overwritten(labelled, autoencoder_file, tmp_path, form):
-    first = {"fast": probe, "published": published}[form]
-    first(str(labelled), autoencoder_file, tmp_path / "run", engine=IN_PROCESS)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    for again in (probe, published):
+def test_a_result_is_never_overwritten(overlapping, autoencoder_file, tmp_path, form, small_probe, files_of):
+    first = {"fast": probe, "published": small_probe}[form]
+    first(str(overlapping), weights=autoencoder_file, output=tmp_path / "run", engine=IN_PROCESS)
+    before = files_of(tmp_path / "run")
+    for again in (probe, small_probe):
         with pytest.raises(convmae.UserError, match="choose another --output"):
-            again(str(labelled), autoencoder_file, tmp_path / "run", engine=IN_PROCESS)
+            again(str(overlapping), weights=autoencoder_file, output=tmp_path / "run", engine=IN_PROCESS)
     if form == "fast":
         with pytest.raises(convmae.UserError, match="holds a result: choose another --output"):
-            published(labelled, autoencoder_file, tmp_path / "run", resume=True)
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+            small_probe(overlapping, tmp_path / "run", autoencoder_file, resume=True)
+    assert files_of(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("form", ["fast", "published"])
-def test_a_damaged_image_stops_and_skip_damaged_goes_on(labelled, autoencoder_file, tmp_path, form, capsys):
-    data = shutil.copytree(labelled, tmp_path / "data")
+def test_a_damaged_image_stops_and_skip_damaged_goes_on(
+    overlapping, autoencoder_file, tmp_path, form, capsys, small_probe
+):
+    data = shutil.copytree(overlapping, tmp_path / "data")
     broken = [data / "train/b/03.png", data / "val/e/01.png"]
     for path in broken:
         path.write_bytes(b"no picture")
-    run = published if form == "published" else probe
+    run = small_probe if form == "published" else probe
     with pytest.raises(convmae.UserError, match=r"png cannot be decoded.*--skip-damaged") as error:
-        run(str(data), autoencoder_file, tmp_path / "run", engine=IN_PROCESS)
+        run(str(data), weights=autoencoder_file, output=tmp_path / "run", engine=IN_PROCESS)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "probe.json").exists()
-    result = run(str(data), autoencoder_file, tmp_path / "other", skip_damaged=True, engine=IN_PROCESS)
+    result = run(str(data), weights=autoencoder_file, output=tmp_path / "other", skip_damaged=True, engine=IN_PROCESS)
     listed = (tmp_path / "other" / "undecodable-images.txt").read_text().splitlines()
     assert sorted(line.partition(":")[0] for line in listed) == list(map(str, broken))
     assert "2 images could not be decoded" in capsys.readouterr().out
@@ -363,28 +316,22 @@ def test_a_damaged_image_stops_and_skip_damaged_goes_on(labelled, autoencoder_fi
         ({"form": "published", "checkpoint": CheckpointOptions(keep=0)}, "keep must be at least 1"),
     ],
 )
-def test_mistakes_are_refused_before_anything_is_written(labelled, autoencoder_file, tmp_path, changes, message):
-    usual = {"data": str(labelled), "weights": autoencoder_file, "output": tmp_path / "run", "engine": IN_PROCESS}
+def test_mistakes_are_refused_before_anything_is_written(overlapping, autoencoder_file, tmp_path, changes, message):
+    usual = {"data": str(overlapping), "weights": autoencoder_file, "output": tmp_path / "run", "engine": IN_PROCESS}
     with pytest.raises(convmae.UserError, match=message) as error:
         probe(**{**usual, **changes})
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_class_that_was_not_learned_is_refused(labelled, autoencoder_file, tmp_path):
-    data = shutil.copytree(labelled, tmp_path / "data")
+def test_a_class_that_was_not_learned_is_refused(overlapping, autoencoder_file, tmp_path):
+    data = shutil.copytree(overlapping, tmp_path / "data")
     (data / "val" / "f").rename(data / "val" / "g")
     with pytest.raises(convmae.UserError, match="has the class 'g', which the training split lacks"):
         probe(str(data), autoencoder_file, tmp_path / "run", engine=IN_PROCESS)
 
 
-def test_the_command_line_ends_with_one_line_and_status_2(labelled, autoencoder_file, tmp_path, capsys):
-    given = ["--data", str(labelled), "--weights", str(autoencoder_file), "--output", str(tmp_path / "run")]
-    for flags, message in ((["--neighbours", "0"], "neighbours is 0"), (["--form", "slow"], "--form cannot be 'slow'")):
-        with pytest.raises(SystemExit) as end:
-            cli.main(["probe", *given, *flags])
-        assert end.value.code == 2
-        printed = capsys.readouterr().err
-        assert message in printed
-        assert printed.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+def test_the_command_line_ends_with_one_line_and_status_2(refused, overlapping, autoencoder_file):
+    given = ("--data", overlapping, "--weights", autoencoder_file)
+    refused("neighbours is 0", "probe", *given, "--neighbours", "0")
+    refused("--form cannot be 'slow'", "probe", *given, "--form", "slow")

@@ -5,7 +5,6 @@ from PIL import Image
 
 import convmae
 from convmae import weights
-from convmae.cli import main
 from convmae.commands.reconstruct import _fit, reconstruct
 
 
@@ -36,14 +35,14 @@ def test_a_folder_with_images_of_any_size(checkpoint, photos, tmp_path, capsys):
     assert "broken.jpg cannot be decoded" in captured.err
 
 
-def test_the_weights_have_two_names_of_which_one_is_given(checkpoint, photos, tmp_path):
+def test_the_weights_have_two_names_of_which_one_is_given(checkpoint, photos, tmp_path, command_line):
     drawn = []
     for given in ({"weights": checkpoint}, {"checkpoint": checkpoint}):
         drawn.append(reconstruct(images=str(photos), output=tmp_path / "r.png", **given).read_bytes())
     assert drawn[0] == drawn[1] == reconstruct(checkpoint, str(photos), tmp_path / "r.png").read_bytes()
     for flag in ("--weights", "--checkpoint"):
         output = tmp_path / f"{flag}.png"
-        main(["reconstruct", flag, str(checkpoint), "--images", str(photos), "--output", str(output)])
+        assert command_line("reconstruct", flag, checkpoint, "--images", photos, "--output", output)[0] == 0
         assert output.read_bytes() == drawn[0]
     for given, message in (
         ({}, "no weights are given: pass --weights"),

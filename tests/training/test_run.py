@@ -1,6 +1,5 @@
 """The course of a run, by a job so small that all can be told: what it keeps, averages, judges and restores."""
 
-import math
 from dataclasses import dataclass
 
 import pytest
@@ -15,7 +14,7 @@ from convmae.training.engine import EngineOptions
 from convmae.training.logging import LoggingOptions, read_metrics
 from convmae.training.loop import Interrupted
 from convmae.training.optimizer import OptimizerOptions
-from convmae.training.options import RunOptions, SupervisedRunOptions
+from convmae.training.options import SupervisedRunOptions
 from convmae.training.run import Job, Run, Supervision, divide_batch
 
 
@@ -198,27 +197,6 @@ def test_passes_of_a_step_are_of_one_epoch(tmp_path):
     with pytest.raises(UserError, match=r"points has too few points for a batch of 20 in 5 passes: lower --batch-size"):
         train(tmp_path / "five", accumulate=5, batch_size=20)
     assert not (tmp_path / "five").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"epochs": 0}, "epochs is 0: it must be at least 1"),
-        ({"evaluate_every_epochs": 0}, "evaluate_every_epochs is 0"),
-        ({"logging": LoggingOptions(every_steps=0)}, "logging_every_steps is 0"),
-        ({"checkpoint": CheckpointOptions(every_epochs=0)}, "checkpoint_every_epochs is 0"),
-        ({"ema_decay": 1.0}, "ema_decay is 1.0: choose it from 0 to less than 1"),
-        ({"ema_decay": -0.1}, "ema_decay is -0.1"),
-        ({"ema_decay": math.nan}, "ema_decay is nan"),
-    ],
-)
-def test_options_that_cannot_be_are_named(tmp_path, changes, message):
-    with pytest.raises(UserError, match=message):
-        options(tmp_path, **changes)
-
-
-def test_a_string_will_do_for_the_folder(tmp_path):
-    assert options(str(tmp_path), RunOptions).output == tmp_path
 
 
 @pytest.mark.parametrize(("batch", "processes", "accumulate"), [(256, 1, 1), (4096, 8, 4), (6, 3, 2)])

@@ -19,7 +19,7 @@ from convmae.data.images import UndecodableImageError, UnfitAnnotationError, und
 from convmae.data.sampler import ResumableSampler
 from convmae.data.samples import RandomTransform, Sample, Transform, collate
 from convmae.data.sources import ImageCollection, ImageStream
-from convmae.errors import UserError
+from convmae.errors import UserError, check_positive
 from convmae.seeds import mixed_seed
 
 T = TypeVar("T")
@@ -297,7 +297,8 @@ def build_training_loader(
     as shards and as batches an epoch. collate_fn: makes a batch of samples in the place of `collate`. Raises UserError
     unless aug_repeats divides the batch size.
     """
-    if aug_repeats < 1 or loading.batch_size % aug_repeats:
+    check_positive(aug_repeats=aug_repeats)
+    if loading.batch_size % aug_repeats:
         raise UserError(
             f"{loading.batch_size} images a pass and process are no multiple of aug_repeats {aug_repeats}: change one "
             "of them"

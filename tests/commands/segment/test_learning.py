@@ -6,10 +6,10 @@ others would have that know less: one that sees no shape at all, and one that se
 
 import numpy
 import torch
-from convmae.commands.segment.training import VariationOptions
 from PIL import Image
 
 import convmae
+from convmae.commands.segment.train import VariationOptions
 from convmae.data.scenes import SHAPES, write_scenes
 from convmae.training.engine import EngineOptions
 from convmae.training.logging import LoggingOptions

@@ -8,9 +8,9 @@ import json
 import random
 
 import pytest
-from convmae.commands.detect.training import JitterOptions
 
 import convmae
+from convmae.commands.detect.train import JitterOptions
 from convmae.data.scenes import write_scenes
 from convmae.training.engine import EngineOptions
 from convmae.training.logging import LoggingOptions, PictureLoggingOptions

@@ -1,0 +1,173 @@
+"""Training a detector from end to end: what a run leaves, what it starts from, what it refuses."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import convmae
+from convmae import weights
+from convmae.commands.detect.evaluate import evaluate
+from convmae.commands.detect.train import JitterOptions, train
+from convmae.data.scenes import CATEGORY_IDS, SHAPES, write_scenes
+from convmae.training.engine import EngineOptions
+from convmae.training.logging import read_metrics
+from convmae.training.optimizer import DetectionOptimizerOptions
+
+IN_PROCESS = EngineOptions("cpu", "float32", 0)
+
+
+def test_a_run_leaves_everything_a_user_wants(finished, scenes):
+    assert finished.steps == 6
+    losses = [record["loss"] for record in read_metrics(finished.folder)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert [record["box_AP"] for record in read_metrics(finished.folder) if "box_AP" in record][
+        -1
+    ] <= finished.quality.score
+    for path in (finished.picture, finished.loss_curve):
+        with Image.open(path) as image:
+            assert min(image.size) > 300
+    rows = list(csv.reader((finished.folder / "per-class.csv").read_text().splitlines()))
+    assert [row[0] for row in rows] == ["class", *SHAPES]
+    assert yaml.safe_load((finished.folder / "config.yaml").read_text())["data"] == str(scenes)
+    assert not (finished.folder / "undecodable-images.txt").exists()
+
+
+def test_the_kept_detector_knows_its_classes(finished):
+    detector = convmae.load(finished.checkpoint)
+    assert isinstance(detector, convmae.Detector)
+    assert detector.classes == list(SHAPES)
+    assert tuple(detector.settings["category_ids"]) == CATEGORY_IDS
+
+
+def test_training_starts_from_the_given_weights(scenes, tmp_path, small_detection):
+    """At a learning rate of nothing the encoder stays that of pretraining, its positions in their grid."""
+    pretrained = convmae.create_autoencoder("tiny", image_size=32)
+    file = tmp_path / "pretrained.safetensors"
+    weights.save_model(file, pretrained)
+    options = {"optimizer": DetectionOptimizerOptions(base_lr=0.0, weight_decay=0.0), "form": "vitdet", "epochs": 1}
+    run = small_detection(scenes, tmp_path / "run", file, image_size=64, window=2, **options)
+    before, after = load_file(file), load_file(run.checkpoint / "model.safetensors")
+    encoder = [name for name in before if name.startswith("encoder.")]
+    assert len(encoder) > 30
+    assert all(torch.equal(before[name], after[name]) for name in encoder)
+    assert convmae.load(run.checkpoint).settings["form"] == "vitdet"
+
+
+def test_two_processes_train_one_detector(scenes, paper_file, tmp_path):
+    flags = {"--data": scenes, "--weights": paper_file, "--output": tmp_path / "run", "--epochs": 1, "--batch-size": 4}
+    flags |= {"--engine.accelerator": "cpu", "--engine.precision": "float32", "--engine.workers": 0}
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "convmae"]
+    command = [sys.executable, *torchrun, "detect", "train", *(str(part) for flag in flags.items() for part in flag)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("detector finished") == 1
+    assert "2 x cpu" in done.stderr
+    here = evaluate(tmp_path / "run", scenes, engine=IN_PROCESS)
+    logged = next(record for record in read_metrics(tmp_path / "run") if "box_AP" in record)
+    assert here.figures == pytest.approx({name: logged[name] for name in here.figures}, abs=1e-6)
+
+
+def test_a_run_does_not_go_on_with_other_classes(finished, copied, detector_file, change_annotations, small_detection):
+    def rename(content):
+        content["categories"][0]["name"] = "plate"
+
+    for split in ("train", "val"):
+        change_annotations(copied, split, rename)
+    with pytest.raises(convmae.UserError, match="holds a run with other classes"):
+        small_detection(copied, finished.folder, detector_file, resume=True)
+
+
+def test_a_run_is_never_overwritten(finished, scenes, detector_file, small_detection):
+    with pytest.raises(convmae.UserError, match="holds a run: continue it with --resume"):
+        small_detection(scenes, finished.folder, detector_file)
+
+
+def test_what_is_missing_or_broken_stops_or_is_left_out_and_listed(
+    copied, paper_file, tmp_path, change_annotations, small_detection
+):
+    def damage(content):
+        content["annotations"][0]["bbox"][2] = -5
+        content["annotations"][1]["segmentation"] = [[1, 2, 3, 4]]
+
+    change_annotations(copied, "train", damage)
+    missing = sorted((copied / "val2017").iterdir())[3]
+    missing.unlink()
+    with pytest.raises(convmae.UserError, match=r"2 of the .* annotations are broken, the first is annotation 1"):
+        small_detection(copied, tmp_path / "run", paper_file)
+    assert not (tmp_path / "run").exists()
+    run = small_detection(copied, tmp_path / "run", paper_file, epochs=1, skip_damaged=True)
+    listed = (run.folder / "undecodable-images.txt").read_text().splitlines()
+    assert len(listed) == 3
+    assert "negative width" in listed[0]
+    assert "three points" in listed[1]
+    assert missing.name in listed[2]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_there_must_be_something_to_learn_and_to_judge_by(
+    copied, paper_file, tmp_path, split, change_annotations, small_detection
+):
+    """Boxes alone, as some tools export them, are all left out; what then trains is nothing."""
+
+    def drop_masks(content):
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = []
+
+    change_annotations(copied, split, drop_masks)
+    with pytest.raises(convmae.UserError, match=rf"instances_{split}2017\.json has no objects, or only crowds"):
+        small_detection(copied, tmp_path / "run", paper_file, skip_damaged=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_demo_needs_no_data(paper_file, tmp_path, monkeypatch, annotations_of, small_detection):
+    monkeypatch.setattr(
+        "convmae.tasks.processes.write_scenes",
+        lambda folder, layout, image_size: write_scenes(folder, layout, 4, 4, image_size),
+    )
+    run = small_detection("demo", tmp_path / "run", paper_file, epochs=1, image_size=64)
+    assert len(annotations_of(run.folder / "scenes")["images"]) == 4
+    resumed = small_detection("demo", tmp_path / "run", paper_file, epochs=1, image_size=64, resume=True)
+    assert resumed.quality == run.quality
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0"),
+        ({"drop_path": 1.0}, "drop_path is 1.0: choose it from 0 to less than 1"),
+        ({"form": "yolo"}, "form cannot be 'yolo'"),
+        ({"image_size": 100}, "image size 100x100 does not suit a detector: choose multiples of 32"),
+        ({"batch_size": 4, "accumulate": 3}, "does not divide"),
+        ({"jitter": JitterOptions(scale=(0.0, 1.0))}, "jitter needs"),
+        ({"train_images": "nowhere"}, "nowhere does not exist: check --train-images"),
+        ({"val_annotations": "nowhere.json"}, "nowhere.json does not exist: check --val-annotations"),
+        ({"data": None}, "without COCO's folder"),
+        ({"data": "demo", "image_size": 100}, "image size 100x100 does not suit a detector"),
+        ({"anchor_sizes": (0, 16, 32, 64, 128)}, "anchors of 0 pixels"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_written(scenes, paper_file, tmp_path, changes, message):
+    given = {**changes, "data": changes["data"]} if "data" in changes else changes
+    with pytest.raises(convmae.UserError, match=message) as error:
+        train(**{"data": str(scenes), "weights": paper_file, "output": tmp_path / "run", "engine": IN_PROCESS, **given})
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "nowhere/annotations/instances_train2017.json does not exist"),
+        (["--data", "nowhere", "--no-such-flag", "3"], "--no_such_flag"),
+        (["--optimizer.schedule", "sawtooth"], "--optimizer.schedule cannot be 'sawtooth'"),
+    ],
+)
+def test_the_command_line_ends_with_one_line_and_status_2(refused, arguments, message):
+    refused(message, "detect", "train", *arguments)

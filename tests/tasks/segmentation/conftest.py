@@ -1,0 +1,35 @@
+"""What tests of segmentation share: a segmenter, pictures with their label maps, how they load."""
+
+import pytest
+
+import convmae
+from convmae.data.ade20k import find_ade20k, open_segmentation
+from convmae.data.loading import Loading
+from convmae.training.engine import DeviceOptions, start_engine
+
+
+@pytest.fixture
+def fabric():
+    return start_engine(DeviceOptions("cpu", "float32"))
+
+
+@pytest.fixture
+def network(segmenter_file):
+    """A segmenter that is used."""
+    return convmae.load(segmenter_file).eval()
+
+
+@pytest.fixture
+def source_of(ade20k_scenes, network):
+    """source_of("train" or "val", folder=...) -> its pictures; those that are damaged are left out."""
+
+    def opened(split, folder=ade20k_scenes):
+        return open_segmentation(*find_ade20k(folder, split, None, None), network.classes, False, True)
+
+    return opened
+
+
+@pytest.fixture
+def pairs():
+    """How two pictures at a time are loaded."""
+    return Loading(batch_size=2, skip_damaged=True)
