@@ -120,7 +120,7 @@ def test_each_image_is_read_once(overlapping, autoencoder_file, tmp_path, monkey
     open_annotated = ImageCollection.open_annotated
 
     def counting(self, index):
-        opened.append(self.picture_name(index))
+        opened.append(self.image_name(index))
         return open_annotated(self, index)
 
     monkeypatch.setattr(ImageCollection, "open_annotated", counting)

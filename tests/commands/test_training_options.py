@@ -12,7 +12,7 @@ from convmae.training.logging import read_metrics
 from convmae.training.run import Run
 
 
-class Trained(NamedTuple):
+class Training(NamedTuple):
     """A command's small run, what it is of, and how many images a step takes."""
 
     run: str
@@ -22,11 +22,11 @@ class Trained(NamedTuple):
 
 
 COMMANDS = {
-    "pretrain": Trained("small_pretraining", "photos", None, 4),
-    "probe": Trained("small_probe", "labelled", "autoencoder_file", 8),
-    "finetune": Trained("small_finetuning", "labelled", "autoencoder_file", 8),
-    "detect": Trained("small_detection", "coco_scenes", "paper_file", 2),
-    "segment": Trained("small_segmentation", "ade20k_scenes", "segmenter_file", 2),
+    "pretrain": Training("small_pretraining", "photos", None, 4),
+    "probe": Training("small_probe", "labelled", "autoencoder_file", 8),
+    "finetune": Training("small_finetuning", "labelled", "autoencoder_file", 8),
+    "detect": Training("small_detection", "coco_scenes", "paper_file", 2),
+    "segment": Training("small_segmentation", "ade20k_scenes", "segmenter_file", 2),
 }
 
 

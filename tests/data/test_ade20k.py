@@ -90,10 +90,10 @@ UNFIT = {
     "RGBA": (numpy.ones((*SIZE, 4), numpy.uint8), "has colours or transparency (RGBA), not labels"),
     "LA": (numpy.ones((*SIZE, 2), numpy.uint8), "has colours or transparency (LA), not labels"),
     "too many": (numpy.full(SIZE, 7, numpy.uint8), "has the label 7, but there are 5 classes, counted"),
-    "wider": (numpy.ones((24, 33), numpy.uint8), "is 33x24, the picture 32x24"),
+    "wider": (numpy.ones((24, 33), numpy.uint8), "is 33x24, the image 32x24"),
     "turned": (
         numpy.ones((32, 24), numpy.uint8),
-        "is 24x32, the picture 32x24, perhaps before its EXIF data turn it",
+        "is 24x32, the image 32x24, perhaps before its EXIF data turn it",
     ),
     "damaged": (b"damaged", "is no PNG that can be read: not an image, or of an unknown format"),
     "missing": (None, "is no PNG that can be read: [Errno 2] No such file"),
@@ -230,7 +230,7 @@ def test_pictures_come_with_the_label_maps_of_their_names(folders, tmp_path, blo
     source = folders()
     names = ["a.b.png", "a/deep/x.png", "b.JPG", "c.png"]
     order = [2, 1, 0, 3]
-    assert [source.picture_name(index) for index in range(4)] == [str(tmp_path / "pictures" / name) for name in names]
+    assert [source.image_name(index) for index in range(4)] == [str(tmp_path / "pictures" / name) for name in names]
     assert (len(source), source.classes, source.left_out) == (4, CLASSES, [])
     copy = pickle.loads(pickle.dumps(source))  # for another process
     for opened in (source, copy):
@@ -265,7 +265,7 @@ def test_missing_partners_are_refused_or_left_out(gone, message, left_out, folde
     with pytest.raises(UserError, match=f"^{message}: check the folders, or leave them out with --skip-damaged$"):
         folders()
     source = folders(skip_damaged=True)
-    assert [Path(source.picture_name(index)).name for index in range(2)] == ["b.JPG", "c.png"]
+    assert [Path(source.image_name(index)).name for index in range(2)] == ["b.JPG", "c.png"]
     other = tmp_path / ("pictures" if gone == "maps" else "maps")
     assert source.left_out == [f"{other / name}: has no {left_out}" for name in ("a.b.png", "a/deep/x.png")]
     assert numpy.array_equal(source.annotation(1).read(SIZE), blocks(SIZE, 3))
@@ -274,7 +274,7 @@ def test_missing_partners_are_refused_or_left_out(gone, message, left_out, folde
 def test_linked_folders_are_entered(folders, tmp_path):
     (tmp_path / "pictures" / "a").rename(tmp_path / "elsewhere")
     (tmp_path / "pictures" / "a").symlink_to(tmp_path / "elsewhere")
-    assert folders().picture_name(1) == str(tmp_path / "pictures" / "a" / "deep" / "x.png")
+    assert folders().image_name(1) == str(tmp_path / "pictures" / "a" / "deep" / "x.png")
 
 
 def test_two_files_of_one_name_are_refused(folders, tmp_path):

@@ -84,7 +84,7 @@ def test_pictures_come_with_their_objects_in_the_order_of_the_file(coco, noise):
     assert source.classes == ["cat", "dog", "brush"]
     assert (source.category_ids, source.image_ids) == ([2, 7, 90], [5, 3, 9])
     assert source.sizes.tolist() == [list(SIZE)] * 3
-    assert [Path(source.picture_name(index)).name for index in range(3)] == ["5.png", "3.png", "9.png"]
+    assert [Path(source.image_name(index)).name for index in range(3)] == ["5.png", "3.png", "9.png"]
     for index, image_id in enumerate((5, 3, 9)):
         with source.open(index) as file:
             assert numpy.array_equal(numpy.asarray(Image.open(file)), noise(SIZE, image_id))
@@ -140,14 +140,14 @@ def test_a_copy_in_another_process_reads_the_same(coco):
     source = coco()
     copy = pickle.loads(pickle.dumps(source))
     assert [copy.annotation(index) for index in range(3)] == [source.annotation(index) for index in range(3)]
-    assert copy.picture_name(2) == source.picture_name(2)
+    assert copy.image_name(2) == source.image_name(2)
 
 
 def test_pictures_in_folders_of_their_own(coco, tmp_path):
     (tmp_path / "pictures" / "a").mkdir()
     (tmp_path / "pictures" / "5.png").rename(tmp_path / "pictures" / "a" / "5.png")
     images = [{"id": 5, "file_name": "a/5.png", "height": 24, "width": 32}]
-    assert coco([], images).picture_name(0).endswith("a/5.png")
+    assert coco([], images).image_name(0).endswith("a/5.png")
     images.append({**images[0], "id": 6, "file_name": "b/5.png"})
     with pytest.raises(UserError, match=r"1 of the 2 images .* the first is b/5\.png"):
         coco([], images)

@@ -95,7 +95,7 @@ def test_only_plain_files_travel_encoded(source):
     for number in range(len(source)):
         with source.open(number) as file:
             left.append(isinstance(deferred(file, None, [0])[0]["image"], EncodedCrop))
-    kinds = [int(source.picture_name(number).rpartition("/")[2].removesuffix(".jpg")) < 5 for number in range(9)]
+    kinds = [int(source.image_name(number).rpartition("/")[2].removesuffix(".jpg")) < 5 for number in range(9)]
     assert left == kinds
 
 

@@ -87,7 +87,7 @@ def test_training_folder_at_any_depth_and_by_any_name(folder, split, name):
     assert collection.classes == ["ant", "bee", "cow"]
     assert contents(collection) == OF_TRAINING
     assert collection.name == str(folder / name)
-    names = {collection.picture_name(index) for index in range(6)}
+    names = {collection.image_name(index) for index in range(6)}
     assert str(folder / name / "cow" / "young" / "brown" / "023.png") in names
 
 
@@ -170,7 +170,7 @@ def test_hugging_face_folder_of_images(datasets, folder):
     assert contents(training) == OF_TRAINING
     validation = open_labelled_images(f"hfds/{folder}", "val", training.classes)  # `datasets` says validation
     assert contents(validation) == [("bee", 12), ("cow", 24), ("cow", 25)]
-    assert validation.picture_name(2) == f"hfds/{folder} (validation), row 2"
+    assert validation.image_name(2) == f"hfds/{folder} (validation), row 2"
     message = refusal(f"hfds/{folder}", "nowhere")
     assert message.startswith(f"hfds/{folder}, split nowhere, cannot be opened, check both: ")
 
@@ -272,7 +272,7 @@ def test_tensorflow_data_set(tensorflow_data_set, by_folder):
     training = open_labelled_images(data, "training")
     assert training.classes == ["dull", "bright"]
     assert contents(training) == [("bright", 5), ("bright", 7), ("dull", 6)]
-    assert training.picture_name(2) == f"{data} (train), example 2"
+    assert training.image_name(2) == f"{data} (train), example 2"
     validation = open_labelled_images(data, "val", training.classes)
     assert validation.name == f"{data} (validation)"
     assert contents(validation) == [("bright", 9)]
@@ -395,7 +395,7 @@ def test_shards_are_found_by_the_split_in_their_names(shards):
     collection = open_labelled_images(f"wds/{shards}", "train")
     assert collection.classes == ["0", "1", "2"]
     assert contents(collection) == [("0", 1), ("0", 2), ("1", 11), ("2", 21)]  # what has no class is left out
-    assert [collection.picture_name(index) for index in (0, 3)] == [
+    assert [collection.image_name(index) for index in (0, 3)] == [
         f"{shards}/set-train-0000.tar/some/001.png",
         f"{shards}/set-train-0001.tar/some/002.png",
     ]

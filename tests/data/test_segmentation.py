@@ -354,7 +354,7 @@ def test_a_turned_picture_has_the_labels_of_its_upright_form(tmp_path, encoded, 
     assert numpy.array_equal(sample["label"].tensor, labels)
     for transform, arguments in ((ResizeShorterSide(8), ()), (RandomScaleCrop((8, 8)), ([0],))):
         turned.seek(0)
-        with pytest.raises(UndecodableImageError, match="is 32x24, the picture 24x32, perhaps before its EXIF data"):
+        with pytest.raises(UndecodableImageError, match="is 32x24, the image 24x32, perhaps before its EXIF data"):
             transform(turned, label_map(tmp_path, blocks(SIZE)), *arguments)
 
 

@@ -49,7 +49,7 @@ def test_folder_at_any_depth_and_with_more_extensions(folder):
     known = img_extensions.get_img_extensions()
     source = open_images(folder)
     assert len(source) == 12 + 6
-    assert source.picture_name(0) == "a/00.png"
+    assert source.image_name(0) == "a/00.png"
     assert img_extensions.get_img_extensions() == known
 
 
@@ -70,7 +70,7 @@ def test_demo_photographs():
     pytest.importorskip("sklearn")
     source = open_images("demo")
     assert len(source) == 256
-    assert len({source.picture_name(index) for index in range(256)}) == 16
+    assert len({source.image_name(index) for index in range(256)}) == 16
     dataset = TrainingImages(source, RandomCrop((32, 32)))
     samples = [dataset[0, index][0] for index in range(16)]
     assert all(not sample["failed"] and sample["image"].float().std() > 5 for sample in samples)
@@ -144,7 +144,7 @@ def test_shard_mistakes_name_the_cure(shards, tmp_path):
         open_images(f"wds/{tmp_path}")
     with pytest.raises(UserError, match="not 'many'"):
         open_images(f"{shards}|many")
-    with pytest.raises(UserError, match=r"append the number of pictures, .*\|N"):
+    with pytest.raises(UserError, match=r"append the number of images, .*\|N"):
         open_images("wds/https://example.org/shard-{0000..0003}.tar")
     (tmp_path / "broken-0.tar").write_bytes(b"no archive")
     with pytest.raises(UserError, match="cannot be read"):

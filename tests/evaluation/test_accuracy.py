@@ -3,7 +3,6 @@ import pytest
 import torch
 from torch import nn
 
-from convmae.evaluation.accuracy import evaluate, judge
 from convmae.training.engine import DeviceOptions, start_engine
 
 metrics = pytest.importorskip("sklearn.metrics")
@@ -35,7 +34,7 @@ def check(accuracy, logits, labels):
 @pytest.mark.parametrize("num_classes", [3, 5, 6, 10])
 def test_scores_are_judged_as_scikit_learn_does(num_classes):
     logits, labels = scores(200, num_classes)
-    accuracy = judge(logits, labels, num_classes)
+    accuracy = judge_logits(logits, labels, num_classes)
     check(accuracy, logits, labels)
     assert 0.3 < accuracy.top1 < accuracy.top5 <= 1
     recalls = metrics.recall_score(labels, logits.argmax(dim=1), average=None)
@@ -44,7 +43,7 @@ def test_scores_are_judged_as_scikit_learn_does(num_classes):
 
 def test_a_class_without_images_has_no_accuracy():
     logits = torch.eye(4)[[0, 2, 2, 0]]
-    accuracy = judge(logits, torch.tensor([0, 0, 2, 0]), 4)
+    accuracy = judge_logits(logits, torch.tensor([0, 0, 2, 0]), 4)
     torch.testing.assert_close(
         accuracy.per_class(), torch.tensor([2 / 3, torch.nan, 1.0, torch.nan]), equal_nan=True, rtol=1e-6, atol=0
     )
@@ -56,11 +55,11 @@ def test_a_model_is_judged_on_all_batches_together(fabric, num_classes):
     model = nn.Sequential(nn.Dropout(0.9), nn.Flatten(), nn.Linear(12, num_classes))
     images, labels = torch.randn(23, 3, 2, 2), torch.randint(num_classes, (23,))
     parts = zip(images.split(5), labels.split(5), strict=True)  # the last is smaller
-    accuracy = evaluate(fabric, model, parts, num_classes)
+    accuracy = judge_classifier(fabric, model, parts, num_classes)
     weight, bias = model[2].weight.detach(), model[2].bias.detach()
     logits = images.flatten(1) @ weight.T + bias
     check(accuracy, logits, labels)
-    whole = judge(logits, labels, num_classes)
+    whole = judge_logits(logits, labels, num_classes)
     assert (accuracy.top1, accuracy.top5) == (whole.top1, whole.top5)
     assert accuracy.loss == pytest.approx(whole.loss, rel=1e-6)
     assert torch.equal(accuracy.confusion, whole.confusion)
@@ -76,6 +75,6 @@ def test_evaluation_leaves_the_models_mode_as_it_was(fabric, training):
             return images
 
     model = Model().train(training)
-    evaluate(fabric, model, [(torch.eye(3), torch.arange(3))], 3)
+    judge_classifier(fabric, model, [(torch.eye(3), torch.arange(3))], 3)
     assert model.seen == (False, False)
     assert model.training == training

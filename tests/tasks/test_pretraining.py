@@ -11,7 +11,7 @@ from convmae.data.images import RandomCrop
 from convmae.data.loading import Loading
 from convmae.data.sources import open_images
 from convmae.tasks import pretraining
-from convmae.tasks.pretraining import PretrainingJob, SelfSupervised
+from convmae.tasks.pretraining import ObjectiveTraining, PretrainingJob
 from convmae.training.engine import DeviceOptions, start_engine
 
 
@@ -52,7 +52,7 @@ def test_an_epoch_s_crops_are_the_same_from_any_of_them_on(job_of, objective):
 
 def test_its_module_has_the_objective_s_loss(job_of, objective):
     job = job_of(objective)
-    assert isinstance(job.module, SelfSupervised)
+    assert isinstance(job.module, ObjectiveTraining)
     images = next(iter(job.batches(0, 0)))
     losses = []
     for loss_of in (job.module, objective):

@@ -23,10 +23,10 @@ def one_of(count, rank=0, device="cpu"):
 
 
 def test_each_process_loads_its_share():
-    found = processes.loading(one_of(4, rank=3), DeviceOptions("cpu", workers=2), 16, skip_damaged=True)
+    found = processes.process_loading(one_of(4, rank=3), DeviceOptions("cpu", workers=2), 16, skip_damaged=True)
     assert (found.batch_size, found.skip_damaged, found.num_workers) == (16, True, 2)
     assert (found.num_replicas, found.rank, found.pin_memory) == (4, 3, False)
-    assert processes.loading(one_of(1, device="cuda"), DeviceOptions(workers=0), 1, False).pin_memory
+    assert processes.process_loading(one_of(1, device="cuda"), DeviceOptions(workers=0), 1, False).pin_memory
 
 
 def test_scenes_of_the_demo_are_written_by_one_process(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from convmae.training.logging import LoggingOptions, read_metrics
 from convmae.training.loop import Interrupted
 from convmae.training.optimizer import OptimizerOptions
 from convmae.training.options import SupervisedRunOptions
-from convmae.training.run import Job, Run, Supervision, divide_batch
+from convmae.training.run import Job, Run, StepLoss, divide_batch
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Line(nn.Module):
 
     def forward(self, batch):
         x, y = batch
-        return Supervision((self.line(x) - y).square().mean())
+        return StepLoss((self.line(x) - y).square().mean())
 
 
 class LineJob(Job):

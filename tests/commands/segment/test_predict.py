@@ -71,7 +71,7 @@ def test_a_picture_alone_and_the_demo_go_by_their_names(
     assert len(found.overlays) == 1
     small = tmp_path / "small.png"
     Image.new("RGB", (20, 30)).save(small)
-    monkeypatch.setattr("convmae.commands.inference.demo_photographs", lambda: [small])
+    monkeypatch.setattr("convmae.commands.frozen.demo_photographs", lambda: [small])
     (tmp_path / "demo").mkdir()  # a folder of that name is not meant
     monkeypatch.chdir(tmp_path)
     found = predict("demo", segmenter_file, tmp_path / "found", engine=ON_CPU)
@@ -97,7 +97,7 @@ def test_label_maps_are_not_written_among_the_pictures(segmenter_file, tmp_path,
     Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "1.png")
     monkeypatch.chdir(tmp_path / "photos")
     for images in (".", str(tmp_path / "photos")):
-        with pytest.raises(convmae.UserError, match=r"lies among the pictures of .*: choose another --output"):
+        with pytest.raises(convmae.UserError, match=r"lies among the images of .*: choose another --output"):
             predict(images, segmenter_file, output, engine=ON_CPU)
     assert len(list((tmp_path / "photos").iterdir())) == 1
 

@@ -176,7 +176,7 @@ BROKEN = {
     ),
     "another size": (
         lambda path: write_labels(path, numpy.zeros((96, 64), numpy.uint8)),
-        "is 64x96, the picture 96x64",
+        "is 64x96, the image 96x64",
     ),
     "16 bits": (lambda path: write_labels(path, numpy.zeros((64, 96), numpy.uint16)), "has 16-bit labels"),
     "no picture": (lambda path: path.write_bytes(b"none"), "is no PNG that can be read"),

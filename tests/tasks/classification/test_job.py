@@ -13,7 +13,7 @@ from convmae import UserError
 from convmae.data.augmentation import NO_AUGMENTATION, AugmentationOptions
 from convmae.data.labelled import open_labelled_images
 from convmae.data.loading import Loading
-from convmae.tasks.classification.job import FinetuningJob, Supervised
+from convmae.tasks.classification.job import ClassifierTraining, FinetuningJob
 from convmae.training.engine import DeviceOptions, start_engine
 
 
@@ -67,7 +67,7 @@ def test_an_epoch_s_batches_are_the_same_from_any_of_them_on(job_of, network, au
 
 def test_its_module_has_the_cross_entropy_of_soft_targets(job_of, network):
     job = job_of(network, augmentation=AugmentationOptions())
-    assert isinstance(job.module, Supervised)
+    assert isinstance(job.module, ClassifierTraining)
     images, targets = next(iter(job.batches(0, 0)))
     network.eval()
     torch.testing.assert_close(job.module((images, targets)).loss, cross_entropy(network(images), targets))

@@ -79,5 +79,5 @@ def test_several_scales_are_averaged(network, image, label_map_by):
 
 def test_impossible_ways_are_refused_before_a_picture_is_seen(network):
     """With all ways that cannot be in the test of the commands."""
-    with pytest.raises(UserError, match="whole pictures need no window or stride"):
+    with pytest.raises(UserError, match="whole images need no window or stride"):
         Inference(InferenceOptions(whole=True, stride=48), network, 8)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import convmae
-from convmae.commands.inference import OrderedBatches, checked_output, load_trained, open_pictures
+from convmae.commands.frozen import OrderedBatches, checked_output, load_frozen_classifier, open_ordered_images
 from convmae.data.sources import ImageStream
 from convmae.training.engine import DeviceOptions
 
@@ -14,8 +14,8 @@ CPU = DeviceOptions("cpu", "float32", 0)
 
 
 def test_files_are_called_by_paths_that_open(photographs):
-    pictures = open_pictures(str(photographs))
-    names = [pictures.picture_name(index) for index in range(len(pictures))]
+    pictures = open_ordered_images(str(photographs))
+    names = [pictures.image_name(index) for index in range(len(pictures))]
     assert sorted(names) == sorted(map(str, photographs.rglob("*.png")))
     for index, name in enumerate(names):
         with pictures.open(index) as file, open(name, "rb") as expected:  # noqa: PTH123
@@ -24,9 +24,9 @@ def test_files_are_called_by_paths_that_open(photographs):
 
 def test_one_image_and_the_demo_are_collections_too(photographs):
     one = next(photographs.rglob("*.png"))
-    assert [open_pictures(one).picture_name(0)] == [str(one)]
-    demo = open_pictures("demo")
-    assert len({demo.picture_name(index) for index in range(len(demo))}) == len(demo) == 16
+    assert [open_ordered_images(one).image_name(0)] == [str(one)]
+    demo = open_ordered_images("demo")
+    assert len({demo.image_name(index) for index in range(len(demo))}) == len(demo) == 16
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
@@ -40,17 +40,17 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
         (tmp_path / "text" / "a.txt", "is no image: accepted are .png"),
     ):
         with pytest.raises(convmae.UserError, match=message):
-            open_pictures(str(images))
-    monkeypatch.setattr("convmae.commands.inference.open_images", lambda data, split: ImageStream(data, None, 1))
+            open_ordered_images(str(images))
+    monkeypatch.setattr("convmae.commands.frozen.open_images", lambda data, split: ImageStream(data, None, 1))
     with pytest.raises(convmae.UserError, match="is a stream"):
-        open_pictures("wds/shards-0.tar")
+        open_ordered_images("wds/shards-0.tar")
 
 
 def test_names_that_no_file_can_hold_are_refused(photographs, tmp_path):
     name = os.fsencode(tmp_path) + b"/caf\xe9.png"
     shutil.copy(next(photographs.rglob("*.png")), name)
     with pytest.raises(convmae.UserError, match=r"caf\\udce9.png' is not valid UTF-8: rename it"):
-        open_pictures(str(tmp_path))
+        open_ordered_images(str(tmp_path))
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path):
@@ -68,24 +68,24 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path):
 
 
 def test_batches_know_where_they_stand_and_what_was_damaged(photographs, autoencoder_file, tmp_path):
-    model = load_trained(autoencoder_file, None, None, CPU)
+    model = load_frozen_classifier(autoencoder_file, None, None, CPU)
     shutil.copytree(photographs, tmp_path / "images")
-    pictures = open_pictures(str(tmp_path / "images"))
+    pictures = open_ordered_images(str(tmp_path / "images"))
     for index in (1, 4, 5, 8, 9):
-        (tmp_path / pictures.picture_name(index)).write_bytes(b"no picture")
+        (tmp_path / pictures.image_name(index)).write_bytes(b"no picture")
     batches = OrderedBatches(model, model.center_crop, pictures, 2, True, "test", first=2)
     seen = [(b["indices"].tolist(), b["position"], len(b["failed"])) for b in batches]
     assert seen == [([2, 3], 4, 0), ([6, 7], 8, 2)]  # the last batch has no image that could be decoded
     assert [failure.partition(":")[0] for failure in batches.damaged] == [
-        pictures.picture_name(index) for index in (4, 5, 8, 9)
+        pictures.image_name(index) for index in (4, 5, 8, 9)
     ]
 
 
 def test_impossible_settings_are_one_line(photographs, autoencoder_file, tmp_path):
     with pytest.raises(convmae.UserError, match="not divisible by 16"):
-        load_trained(autoencoder_file, 40, None, CPU)
+        load_frozen_classifier(autoencoder_file, 40, None, CPU)
     with pytest.raises(convmae.UserError, match="no weights at"):
-        load_trained(tmp_path / "nothing", None, None, CPU)
-    model = load_trained(autoencoder_file, None, None, CPU)
+        load_frozen_classifier(tmp_path / "nothing", None, None, CPU)
+    model = load_frozen_classifier(autoencoder_file, None, None, CPU)
     with pytest.raises(convmae.UserError, match="at least 1"):
-        OrderedBatches(model, model.center_crop, open_pictures("demo"), 0, False, "test")
+        OrderedBatches(model, model.center_crop, open_ordered_images("demo"), 0, False, "test")
