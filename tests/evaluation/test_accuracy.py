@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from convmae.evaluation.accuracy import judge_classifier, judge_logits
 from convmae.training.engine import DeviceOptions, start_engine
 
 metrics = pytest.importorskip("sklearn.metrics")
