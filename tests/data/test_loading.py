@@ -222,6 +222,8 @@ def test_damaged_files_are_replaced_as_groups(partly_damaged):
 def test_repeats_that_do_not_divide_the_batch_are_refused(numbered):
     with pytest.raises(UserError, match="4 images a pass and process are no multiple of aug_repeats 3: change"):
         training_loader(numbered, batch_size=4, aug_repeats=3)
+    with pytest.raises(UserError, match="aug_repeats is 0: it must be at least 1"):
+        training_loader(numbered, batch_size=4, aug_repeats=0)
 
 
 # Evaluation
