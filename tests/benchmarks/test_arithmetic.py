@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from convmae.benchmarks import arithmetic
 from convmae.benchmarks.arithmetic import count_macs, matrix_product_peak
 
 
@@ -19,4 +20,13 @@ def test_the_peak_is_that_of_the_fastest_product(dtype, monkeypatch):
     clock = iter([0, 0, 0, 8, 0, 4, 0, 2, 0, 5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     assert matrix_product_peak(torch.device("cpu"), dtype, side=64, rounds=2) == 64**3 / 2
+    assert next(clock, None) is None
+
+
+@pytest.mark.parametrize(("seconds", "side"), [([0.0, 0.001, 0.01, 0.04], 2048), ([0.01, 0.3], 512), ([9.0], 256)])
+def test_a_slow_processor_multiplies_smaller_matrices(seconds, side, monkeypatch):
+    """It doubles the side until a product takes a twentieth of a second, or the side is 2048."""
+    clock = iter([time for taken in seconds for time in (0.0, taken)])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert arithmetic._side_in_reach(torch.float32) == side
     assert next(clock, None) is None
