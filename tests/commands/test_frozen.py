@@ -7,18 +7,20 @@ import pytest
 
 import convmae
 from convmae.commands.frozen import OrderedBatches, checked_output, load_frozen_classifier, open_ordered_images
+from convmae.commands.options import BatchOptions
 from convmae.data.sources import ImageStream
 from convmae.training.engine import DeviceOptions
 
 CPU = DeviceOptions("cpu", "float32", 0)
+OF_TWO = BatchOptions(skip_damaged=True, batch_size=2)
 
 
 def test_files_are_called_by_paths_that_open(photographs):
-    pictures = open_ordered_images(str(photographs))
-    names = [pictures.image_name(index) for index in range(len(pictures))]
+    images = open_ordered_images(str(photographs))
+    names = [images.image_name(index) for index in range(len(images))]
     assert sorted(names) == sorted(map(str, photographs.rglob("*.png")))
     for index, name in enumerate(names):
-        with pictures.open(index) as file, open(name, "rb") as expected:  # noqa: PTH123
+        with images.open(index) as file, open(name, "rb") as expected:  # noqa: PTH123
             assert file.read() == expected.read()
 
 
@@ -70,14 +72,14 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path):
 def test_batches_know_where_they_stand_and_what_was_damaged(photographs, autoencoder_file, tmp_path):
     model = load_frozen_classifier(autoencoder_file, None, None, CPU)
     shutil.copytree(photographs, tmp_path / "images")
-    pictures = open_ordered_images(str(tmp_path / "images"))
+    images = open_ordered_images(str(tmp_path / "images"))
     for index in (1, 4, 5, 8, 9):
-        (tmp_path / pictures.image_name(index)).write_bytes(b"no picture")
-    batches = OrderedBatches(model, model.center_crop, pictures, 2, True, "test", first=2)
+        (tmp_path / images.image_name(index)).write_bytes(b"no picture")
+    batches = OrderedBatches(model, model.center_crop, images, OF_TWO, "test", first=2)
     seen = [(b["indices"].tolist(), b["position"], len(b["failed"])) for b in batches]
     assert seen == [([2, 3], 4, 0), ([6, 7], 8, 2)]  # the last batch has no image that could be decoded
     assert [failure.partition(":")[0] for failure in batches.damaged] == [
-        pictures.image_name(index) for index in (4, 5, 8, 9)
+        images.image_name(index) for index in (4, 5, 8, 9)
     ]
 
 
@@ -86,6 +88,5 @@ def test_impossible_settings_are_one_line(photographs, autoencoder_file, tmp_pat
         load_frozen_classifier(autoencoder_file, 40, None, CPU)
     with pytest.raises(convmae.UserError, match="no weights at"):
         load_frozen_classifier(tmp_path / "nothing", None, None, CPU)
-    model = load_frozen_classifier(autoencoder_file, None, None, CPU)
-    with pytest.raises(convmae.UserError, match="at least 1"):
-        OrderedBatches(model, model.center_crop, open_ordered_images("demo"), 0, False, "test")
+    with pytest.raises(convmae.UserError, match="batch_size is 0: it must be at least 1"):
+        convmae.predict("demo", autoencoder_file, batch_size=0)
