@@ -52,7 +52,7 @@ def test_every_model_takes_the_encoder_whole_or_flat(model):
     if model is convmae.Detector:
         settings["pos_embed_size"] = SMALL.image_size
     flat = model(**settings)
-    whole = model(SMALL, image_size=size) if model is convmae.ConvViT else model(encoder=SMALL, image_size=size)
+    whole = model(encoder=SMALL, image_size=size)
     assert whole.description == flat.description
     assert whole.settings == flat.settings
     assert model(**flat.settings).settings == flat.settings
