@@ -80,4 +80,8 @@ def test_what_others_found_comes_in_their_order(monkeypatch):
 def test_progress_leaves_the_results_as_they_are(capsys):
     fabric = start_engine(DeviceOptions("cpu", "float32"))
     assert list(processes.tracked(fabric, iter("abc"), 3, "judging")) == ["a", "b", "c"]
-    assert capsys.readouterr() == ("", "")  # no terminal, no bar
+    out, err = capsys.readouterr()
+    assert (out, err.strip()) == (
+        "",
+        "",
+    )  # no terminal, no bar: at most the empty line that older versions of rich end with

@@ -87,8 +87,9 @@ def test_pictures_of_another_size_are_detected_in_their_own_pixels(finished, sce
     for result in json.loads(found.results.read_text()):
         left, top, width, height = result["bbox"]
         boxes[os.path.basename(result["file_name"])].append([left, top, left + width, top + height])  # noqa: PTH119
-    large, small = (torch.tensor(boxes[name])[:1] for name in ("large.png", "small.png"))
-    assert box_iou(large, 2 * small).item() > 0.8
+    # Scores of a detector that has learned so little lie close together: rounding may exchange the most certain ones.
+    large, small = (torch.tensor(boxes[name]) for name in ("large.png", "small.png"))
+    assert (box_iou(large[:5], 2 * small).amax(dim=1) > 0.8).all()
 
 
 def test_damaged_pictures_stop_or_are_left_out(finished, copied, tmp_path, capsys):
