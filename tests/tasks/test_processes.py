@@ -84,4 +84,4 @@ def test_progress_leaves_the_results_as_they_are(capsys):
     assert (out, err.strip()) == (
         "",
         "",
-    )  # no terminal, no bar: at most the empty line that older versions of rich end with
+    )  # no bar; older rich ends with an empty line
