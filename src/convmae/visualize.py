@@ -236,7 +236,7 @@ def segmentation_picture(path: str | Path, rows: Sequence[Sequence[SegmentedPict
     counts = np.zeros(IGNORED + 1, dtype=np.int64)
     for cell, one in zip(cells, chain.from_iterable(rows), strict=True):
         counts += np.bincount(one.labels.cpu().numpy().ravel(), minlength=len(counts))
-        cell.imshow(_segmented(one, _drawn_side(rows) * _DOTS))
+        cell.imshow(_segmented(one, _drawn_side(rows) * _DOTS), interpolation="nearest")  # smoothing blurs rims
     _add_legend(figure, counts[:IGNORED], classes)
     _save(figure, path)
 
