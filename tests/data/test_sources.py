@@ -10,7 +10,7 @@ from timm.data.readers import img_extensions
 
 from convmae.data import sources
 from convmae.data.images import RandomCrop
-from convmae.data.loading import Loading, TrainingImages, build_training_loader
+from convmae.data.loading import Loading, build_training_loader
 from convmae.data.sources import open_images
 from convmae.errors import UserError
 
@@ -63,17 +63,6 @@ def test_folder_mistakes_name_the_cure(tmp_path):
         open_images(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         open_images(tmp_path / "notes.txt")
-
-
-def test_demo_photographs():
-    pytest.importorskip("skimage")
-    pytest.importorskip("sklearn")
-    source = open_images("demo")
-    assert len(source) == 256
-    assert len({source.image_name(index) for index in range(256)}) == 16
-    dataset = TrainingImages(source, RandomCrop((32, 32)))
-    samples = [dataset[0, index][0] for index in range(16)]
-    assert all(not sample["failed"] and sample["image"].float().std() > 5 for sample in samples)
 
 
 @pytest.mark.parametrize("data", ["demo", "wds/x-{0..1}.tar", "hfds/x", "hfids/x"])
