@@ -4,6 +4,7 @@ Its message is a single line that says what is wrong and what to do; the command
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 
 class UserError(ValueError):
@@ -17,7 +18,23 @@ def check_positive(**settings: int) -> None:
             raise UserError(f"{name} is {value}: it must be at least 1")
 
 
+def check_rate(**settings: float) -> None:
+    """Raise UserError that names the first setting outside [0, 1)."""
+    for name, value in settings.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{name} is {value}: choose it from 0 to less than 1")
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise UserError that names the choices unless `value` is one of them; the command line has looked already."""
     if value not in choices:
         raise UserError(f"{name} cannot be '{value}': choose one of {', '.join(choices)}")
+
+
+def check_installed(extra: str, need: str, *packages: str) -> None:
+    """Raise UserError that names the extra to install unless all these packages are there; none is imported.
+
+    need: the beginning of the message, such as "reading shards needs WebDataset".
+    """
+    if any(find_spec(package) is None for package in packages):
+        raise UserError(f"{need}: pip install 'convmae[{extra}]'")

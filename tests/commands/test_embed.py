@@ -264,7 +264,7 @@ def test_mistakes_are_one_line(images, autoencoder_file, tmp_path, monkeypatch):
             call()
         assert "\n" not in str(error.value)
         assert not output.exists()
-    monkeypatch.setattr(feature_files, "find_spec", lambda name: None)
+    monkeypatch.setattr("convmae.errors.find_spec", lambda name: None)
     with pytest.raises(convmae.UserError, match=r"pip install 'convmae\[parquet\]'"):
         embed(str(images), output, autoencoder_file)
     monkeypatch.setattr(feature_files, "_LONGEST_HEADER", 10_100)

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from convmae.data import coco as coco_format
 from convmae.data.coco import Annotation, find_coco, open_coco
 from convmae.errors import UserError
 
@@ -291,7 +290,7 @@ def test_missing_files_and_folders_are_named(coco, tmp_path):
 
 
 def test_the_missing_library_names_its_extra(coco, monkeypatch):
-    monkeypatch.setattr(coco_format, "find_spec", lambda name: None)
+    monkeypatch.setattr("convmae.errors.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'convmae\[detection\]'"):
         coco()
 

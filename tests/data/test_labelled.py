@@ -199,7 +199,7 @@ def test_hugging_face_data_set_that_does_not_exist(datasets, tmp_path):
 
 
 def test_hugging_face_without_its_package_names_the_extra(monkeypatch):
-    monkeypatch.setattr(labelled, "find_spec", lambda name: None)
+    monkeypatch.setattr("convmae.errors.find_spec", lambda name: None)
     assert "pip install 'convmae[hub]'" in refusal("hfds/any", "train")
 
 
@@ -305,7 +305,7 @@ def test_tensorflow_data_sets_that_cannot_be_used(tensorflow_data_set, monkeypat
     for data in (f"tfds/{tensorflow_data_set}", "tfds/animals"):
         assert refusal(data, "train") == f"{data} is not written as array_record: convert it, tfds convert_format"
     assert "cannot be opened" in refusal(f"tfds/{tensorflow_data_set.parent.parent}", "train")
-    monkeypatch.setattr(labelled, "find_spec", lambda name: None)
+    monkeypatch.setattr("convmae.errors.find_spec", lambda name: None)
     assert "pip install 'convmae[tfds]'" in refusal("tfds/animals", "train")
 
 

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from timm.data.readers import img_extensions
 
-from convmae.data import sources
 from convmae.data.images import RandomCrop
 from convmae.data.loading import Loading, build_training_loader
 from convmae.data.sources import open_images
@@ -68,7 +67,7 @@ def test_folder_mistakes_name_the_cure(tmp_path):
 @pytest.mark.parametrize("data", ["demo", "wds/x-{0..1}.tar", "hfds/x", "hfids/x"])
 def test_a_missing_package_names_its_extra(data, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    monkeypatch.setattr("convmae.errors.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'convmae\[(demo|shards|hub)\]'"):
         open_images(data)
 

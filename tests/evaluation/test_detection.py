@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from convmae.errors import UserError
-from convmae.evaluation import detection
 from convmae.evaluation.detection import coco_results, judge_detections
 
 mask_library = pytest.importorskip("faster_coco_eval.core.mask")
@@ -238,7 +237,7 @@ def test_judging_is_silent_and_leaves_its_arguments_alone(capfd):
 
 
 def test_the_missing_library_names_its_extra(monkeypatch):
-    monkeypatch.setattr(detection, "find_spec", lambda name: None)
+    monkeypatch.setattr("convmae.errors.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'convmae\[detection\]'"):
         judge_detections(truth_of(OBJECTS), [], "bbox")
     with pytest.raises(UserError, match=r"pip install 'convmae\[detection\]'"):

@@ -13,7 +13,7 @@ from convmae.commands.options import flat_settings, origin_of, spread
 from convmae.data.augmentation import AugmentationOptions
 from convmae.data.failures import DecodingFailures
 from convmae.data.labelled import open_labelled_images
-from convmae.errors import UserError
+from convmae.errors import check_rate
 from convmae.evaluation.accuracy import Accuracy
 from convmae.kinds import create_classifier, load_classifier
 from convmae.models.classifier import Classifier
@@ -90,8 +90,7 @@ def finetune(
     written.
     """
     settings = flat_settings(locals())
-    if not 0 <= drop_path < 1:
-        raise UserError(f"drop_path is {drop_path}: choose it from 0 to less than 1")
+    check_rate(drop_path=drop_path)
     training = open_labelled_images(data, train_split, shuffled=True)
     validation = open_labelled_images(data, val_split, training.classes)
     run = Run(options, settings)

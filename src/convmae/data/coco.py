@@ -9,14 +9,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy
 
 from convmae.data.sources import FileReader, ImageCollection, found_part
-from convmae.errors import UserError
+from convmae.errors import UserError, check_installed
 
 
 class Annotation(NamedTuple):
@@ -170,7 +169,7 @@ def open_coco(annotations: Path, images: Path, skip_damaged: bool = False) -> Co
     skip_damaged: leave out missing images and broken annotations, and list them in `left_out`; otherwise one of them
     raises UserError. So does a file that is not in this format.
     """
-    _require_mask_library()
+    check_installed("detection", "masks and COCO's figures need faster-coco-eval", "faster_coco_eval")
     content = _read(annotations)
     categories = _categories(annotations, content["categories"])
     entries, faults = _sound_images(content["images"])
@@ -197,11 +196,6 @@ def open_coco(annotations: Path, images: Path, skip_damaged: bool = False) -> Co
         _packed(objects, labels),
         [f"{annotations}: {fault}" for fault in faults + broken] + [f"{images / name}: is missing" for name in missing],
     )
-
-
-def _require_mask_library() -> None:
-    if find_spec("faster_coco_eval") is None:
-        raise UserError("masks and COCO's figures need faster-coco-eval: pip install 'convmae[detection]'")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -28,7 +27,7 @@ from convmae.data.sources import (
     parse_location,
     stream_hugging_face,
 )
-from convmae.errors import UserError
+from convmae.errors import UserError, check_installed
 
 _logger = logging.getLogger(__name__)
 
@@ -216,8 +215,7 @@ def _stream_hugging_face(data: str, location: str, split: str, shuffled: bool) -
 
 def _hugging_face_columns(data: str, name: str, split: str, streamed: bool) -> tuple[str, str, str, list[str]]:
     """The split's own name, the columns of images and of their classes, and the classes."""
-    if find_spec("datasets") is None:
-        raise UserError("reading Hugging Face data sets needs `datasets`: pip install 'convmae[hub]'")
+    check_installed("hub", "reading Hugging Face data sets needs `datasets`", "datasets")
     import datasets
 
     if not name:
@@ -246,8 +244,7 @@ class _TensorflowReader:
 
 
 def _open_tensorflow(data: str, name: str, split: str) -> ImageCollection:
-    if find_spec("tensorflow_datasets") is None or find_spec("array_record") is None:
-        raise UserError("reading TensorFlow data sets needs more packages: pip install 'convmae[tfds]'")
+    check_installed("tfds", "reading TensorFlow data sets needs more packages", "tensorflow_datasets", "array_record")
     import tensorflow_datasets
     from filelock import FileLock
 

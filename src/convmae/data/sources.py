@@ -9,7 +9,6 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,7 +16,7 @@ import fsspec
 from timm.data.readers import create_reader
 
 from convmae.data.demo import DemoReader
-from convmae.errors import UserError
+from convmae.errors import UserError, check_installed
 from convmae.seeds import mixed_seed
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -220,8 +219,7 @@ def _open_folder(folder: Path) -> ImageCollection:
 
 
 def _open_shards(data: str, location: str) -> ImageStream:
-    if find_spec("webdataset") is None:
-        raise UserError("reading shards needs WebDataset: pip install 'convmae[shards]'")
+    check_installed("shards", "reading shards needs WebDataset", "webdataset")
     location, num_samples = parse_location(data, location)
     folder, _, pattern = location.rpartition("/")
     if not pattern.endswith(".tar"):
@@ -246,8 +244,7 @@ def _open_shards(data: str, location: str) -> ImageStream:
 
 
 def _open_hugging_face(data: str, prefix: str, location: str, split: str) -> ImageCollection | ImageStream:
-    if find_spec("datasets") is None:
-        raise UserError("reading Hugging Face data sets needs `datasets`: pip install 'convmae[hub]'")
+    check_installed("hub", "reading Hugging Face data sets needs `datasets`", "datasets")
     import datasets
 
     name, num_samples = parse_location(data, location)

@@ -7,13 +7,12 @@ import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy
 from torch import Tensor
 
-from convmae.errors import UserError
+from convmae.errors import check_installed
 
 _SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")  # in its order
 
@@ -52,7 +51,7 @@ def coco_results(image_id: int, detections: Mapping[str, Tensor], category_ids: 
     (N,) and "masks", bool or uint8 (N, H, W). category_ids: COCO's ids, that of label L at L - 1. Raises
     UserError without faster-coco-eval.
     """
-    _require_library()
+    check_installed("detection", "COCO's figures need faster-coco-eval", "faster_coco_eval")
     from faster_coco_eval.core import mask
 
     results = []
@@ -85,7 +84,7 @@ def judge_detections(
     image_ids: those that count, all where None. Detections inside crowds do not count. Raises UserError without
     faster-coco-eval.
     """
-    _require_library()
+    check_installed("detection", "COCO's figures need faster-coco-eval", "faster_coco_eval")
     from faster_coco_eval import COCO, COCOeval_faster
 
     judged = {image["id"] for image in ground_truth["images"]}
@@ -120,8 +119,3 @@ def _figures(summary: Iterable[float], per_class: Iterable[float]) -> CocoFigure
     # COCO tells -1 where there is nothing to find.
     numbers, of_classes = ([math.nan if value < 0 else float(value) for value in part] for part in (summary, per_class))
     return CocoFigures(per_class=tuple(of_classes), **dict(zip(_SUMMARY, numbers, strict=True)))
-
-
-def _require_library() -> None:
-    if find_spec("faster_coco_eval") is None:
-        raise UserError("COCO's figures need faster-coco-eval: pip install 'convmae[detection]'")

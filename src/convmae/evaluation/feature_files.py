@@ -11,7 +11,6 @@ import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from convmae.errors import UserError
+from convmae.errors import UserError, check_installed
 from convmae.training.checkpoint import replace_file
 
 SUFFIXES = (".parquet", ".safetensors")
@@ -153,8 +152,7 @@ def read_features(path: Path) -> Features:
 
 
 def _need_pyarrow() -> None:
-    if find_spec("pyarrow") is None:
-        raise UserError("Parquet needs pyarrow: pip install 'convmae[parquet]', or use a name ending in .safetensors")
+    check_installed("parquet", "Parquet needs pyarrow (names ending in .safetensors do not)", "pyarrow")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

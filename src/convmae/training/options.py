@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from convmae.errors import UserError, check_positive
+from convmae.errors import check_positive, check_rate
 from convmae.training.checkpoint import CheckpointOptions
 from convmae.training.engine import EngineOptions
 from convmae.training.logging import LoggingOptions
@@ -59,8 +59,7 @@ class RunOptions:
             logging_every_steps=self.logging.every_steps,
             checkpoint_every_epochs=self.checkpoint.every_epochs,
         )
-        if not 0 <= (self.ema_decay or 0) < 1:
-            raise UserError(f"ema_decay is {self.ema_decay}: choose it from 0 to less than 1")
+        check_rate(ema_decay=self.ema_decay or 0)
 
 
 @dataclass(frozen=True)

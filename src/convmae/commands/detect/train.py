@@ -11,7 +11,7 @@ from convmae.commands.options import flat_settings, origin_of, spread
 from convmae.data.coco import CocoImages, find_coco, open_coco
 from convmae.data.detection import LargeScaleJitter
 from convmae.data.failures import DecodingFailures
-from convmae.errors import UserError, check_choice
+from convmae.errors import UserError, check_choice, check_rate
 from convmae.kinds import create_detector, load_detector
 from convmae.models.config import height_and_width
 from convmae.models.detector import Detector, checked_size
@@ -105,8 +105,7 @@ def train(
     settings = flat_settings(locals())
     if form is not None:
         check_choice("form", form, ("paper", "vitdet"))
-    if not 0 <= drop_path < 1:
-        raise UserError(f"drop_path is {drop_path}: choose it from 0 to less than 1")
+    check_rate(drop_path=drop_path)
     run = Run(options, settings)
     fabric = run.start()
     if data == "demo":

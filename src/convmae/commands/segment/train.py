@@ -10,7 +10,7 @@ from convmae.commands.options import flat_settings, origin_of, spread
 from convmae.data.ade20k import find_ade20k, is_ade20k, open_segmentation, read_classes
 from convmae.data.failures import DecodingFailures
 from convmae.data.segmentation import RandomScaleCrop
-from convmae.errors import UserError
+from convmae.errors import check_rate
 from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.kinds import create_segmenter, load_segmenter
 from convmae.models.config import height_and_width
@@ -111,8 +111,7 @@ def train(
     written.
     """
     settings = flat_settings(locals())
-    if not 0 <= drop_path < 1:
-        raise UserError(f"drop_path is {drop_path}: choose it from 0 to less than 1")
+    check_rate(drop_path=drop_path)
     run = Run(options, settings)
     fabric = run.start()
     if data == "demo":
