@@ -231,7 +231,7 @@ def test_pictures_come_with_the_label_maps_of_their_names(folders, tmp_path, blo
     names = ["a.b.png", "a/deep/x.png", "b.JPG", "c.png"]
     order = [2, 1, 0, 3]
     assert [source.image_name(index) for index in range(4)] == [str(tmp_path / "pictures" / name) for name in names]
-    assert (len(source), source.classes, source.left_out) == (4, CLASSES, [])
+    assert (len(source), source.classes, source.findings) == (4, CLASSES, [])
     copy = pickle.loads(pickle.dumps(source))  # for another process
     for opened in (source, copy):
         for index, number in enumerate(order):
@@ -267,7 +267,10 @@ def test_missing_partners_are_refused_or_left_out(gone, message, left_out, folde
     source = folders(skip_damaged=True)
     assert [Path(source.image_name(index)).name for index in range(2)] == ["b.JPG", "c.png"]
     other = tmp_path / ("pictures" if gone == "maps" else "maps")
-    assert source.left_out == [f"{other / name}: has no {left_out}" for name in ("a.b.png", "a/deep/x.png")]
+    (found,) = source.findings
+    what = "images without a label map" if gone == "maps" else "label maps without an image"
+    assert found.summary == f"left out 2 {what}"
+    assert found.items == [f"{other / name}: has no {left_out}" for name in ("a.b.png", "a/deep/x.png")]
     assert numpy.array_equal(source.annotation(1).read(SIZE), blocks(SIZE, 3))
 
 

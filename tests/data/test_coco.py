@@ -97,7 +97,10 @@ def test_pictures_come_with_their_objects_in_the_order_of_the_file(coco, noise):
     )
     assert found[1] == Annotation(SIZE, (), (), ())
     assert found[2] == Annotation(SIZE, (3,), ((1, 2, 3, 4),), (ENTRIES[1]["segmentation"],))
-    assert (source.num_objects, source.zero_size, source.left_out) == (3, 1, [])
+    assert source.num_objects == 3
+    (flat,) = source.findings
+    assert flat.summary == "1 objects without width or height, which teach nothing"
+    assert len(flat.items) == 1
 
 
 def test_masks_of_polygons_and_of_both_kinds_of_run_lengths(coco):
@@ -202,7 +205,9 @@ def test_broken_annotations_are_refused_or_left_out(name, coco, tmp_path):
         "them, or leave them out with --skip-damaged"
     )
     source = coco(annotations, skip_damaged=True)
-    assert source.left_out == [f"{tmp_path}/instances.json: annotation {number} ({fault})" for number in (4, 8)]
+    (left_out,) = source.findings
+    assert left_out.summary == "left out 2 broken annotations"
+    assert left_out.items == [f"{tmp_path}/instances.json: annotation {number} ({fault})" for number in (4, 8)]
     assert [len(source.annotation(index).labels) for index in range(3)] == [1, 0, 1]
     assert len(source.ground_truth()["annotations"]) == 2
 
@@ -233,7 +238,9 @@ def test_broken_images_are_refused_or_left_out_with_their_objects(change, fault,
         coco(annotations, images)
     source = coco(annotations, images, skip_damaged=True)
     assert source.image_ids == ([5] if change == {"id": 3} else [5, 3])
-    assert len(source.left_out) == 3 - len(source)
+    (left_out,) = source.findings
+    assert left_out.summary == f"left out {3 - len(source)} broken images with their annotations"
+    assert len(left_out.items) == 3 - len(source)
     assert len(source.ground_truth()["annotations"]) == 1
 
 
@@ -248,7 +255,9 @@ def test_missing_pictures_are_refused_or_left_out(coco, tmp_path):
     )
     source = coco(skip_damaged=True)
     assert source.image_ids == [9]
-    assert source.left_out == [f"{tmp_path}/pictures/{name}: is missing" for name in ("5.png", "3.png")]
+    left_out = source.findings[0]  # then comes an object without height
+    assert left_out.summary == "left out 2 images that are missing"
+    assert left_out.items == [f"{tmp_path}/pictures/{name}: is missing" for name in ("5.png", "3.png")]
     assert source.annotation(0).labels == (3,)
     (tmp_path / "pictures" / "9.png").unlink()
     with pytest.raises(UserError, match=r"names no images that .*pictures holds: check both"):

@@ -20,7 +20,7 @@ from convmae.data.augmentation import CenterCrop
 from convmae.data.demo import demo_photographs
 from convmae.data.loading import Loading, build_evaluation_loader
 from convmae.data.samples import Transform
-from convmae.data.sources import EXTENSIONS, ImageCollection, open_files, open_images
+from convmae.data.sources import EXTENSIONS, ImageCollection, ImageStream, open_files, open_images
 from convmae.errors import UserError
 from convmae.kinds import load, load_classifier
 from convmae.models.classifier import Classifier
@@ -28,6 +28,8 @@ from convmae.models.config import grid_of, height_and_width
 from convmae.models.detector import Detector, checked_size
 from convmae.models.segmenter import Segmenter
 from convmae.training.engine import DeviceOptions, loader_workers, start_engine
+
+_SHOWN_ITEMS = 20  # of a finding
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,9 @@ def open_ordered_images(images: str | Path, split: str = "train") -> ImageCollec
             name.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the name of {name!a} is not valid UTF-8: rename it") from error
-    return open_files(str(images), names)
+    ordered = open_files(str(images), names)
+    ordered.findings = source.findings
+    return ordered
 
 
 class OrderedBatches:
@@ -190,6 +194,7 @@ class OrderedBatches:
         """transform: makes a sample of each encoded image. description: stands before the progress bar."""
         self.damaged: list[str] = []
         self._description, self._first, self._total = description, first, len(source)
+        tell_findings(source)
         self._batch_size = options.batch_size
         loading = Loading(
             batch_size=options.batch_size,
@@ -229,6 +234,17 @@ def checked_output(output: Path, suffixes: Sequence[str]) -> Path:
     except OSError as error:
         raise UserError(f"{output.parent} cannot be written to, choose another --output: {error.strerror}") from error
     return output
+
+
+def tell_findings(source: ImageCollection | ImageStream) -> None:
+    """Say what was found in a data set, and the first of each, on the terminal's error stream."""
+    console = Console(stderr=True, highlight=False)
+    for finding in source.findings:
+        console.print(f"{source.name}: {finding.summary}", style="yellow", markup=False, soft_wrap=True)
+        for item in finding.items[:_SHOWN_ITEMS]:
+            console.print(f"    {item}", markup=False, soft_wrap=True)
+        if (more := len(finding.items) - _SHOWN_ITEMS) > 0:
+            console.print(f"    and {more} more")
 
 
 def report_damaged(damaged: Sequence[str]) -> None:

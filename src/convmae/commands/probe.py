@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from convmae import weights as weights_files
+from convmae.commands.frozen import tell_findings
 from convmae.commands.options import flat_settings, spread
 from convmae.data.augmentation import NO_AUGMENTATION, CenterCrop
 from convmae.data.failures import DecodingFailures
@@ -141,6 +142,8 @@ def probe(
         features, labels = (torch.cat(parts).to(fabric.device) for parts in zip(*found, strict=True))
         return features, labels
 
+    for source in (training, validation):
+        tell_findings(source)
     features, labels = features_of(training)
     queries, truth = features_of(validation)
     fitted = fit_linear_probe(features, labels, len(training.classes), seed=options.seed)

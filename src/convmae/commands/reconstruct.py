@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
+from convmae.commands.frozen import tell_findings
 from convmae.data.images import decode_image
 from convmae.data.sources import ImageCollection, open_files, open_images
 from convmae.errors import UserError
@@ -97,6 +98,7 @@ def _choose(images: str, count: int) -> list[tuple[str, Callable[[int], Tensor]]
     source = open_images(images)
     if not isinstance(source, ImageCollection):
         raise UserError(f"{images} is a stream of shards: pass an image, a folder of images, or demo")
+    tell_findings(source)
     different = list({source.image_name(index): index for index in range(len(source))}.items())  # the demo repeats
     count = min(count, len(different))
     chosen = [different[number * len(different) // count] for number in range(count)]

@@ -13,6 +13,7 @@ from convmae.commands.frozen import (
     load_frozen_classifier,
     open_ordered_images,
     report_damaged,
+    tell_findings,
 )
 from convmae.commands.options import ImageOptions, spread
 from convmae.data.loading import EvaluationImages
@@ -65,6 +66,7 @@ def visualise(
             f"{height - 1}, {width - 1}, or a larger image_size"
         )
     source = open_ordered_images(images, reading.split)
+    tell_findings(source)
     model = load_frozen_classifier(weights, image_size, crop_pct, reading.engine)
     attention = model.network.encoder.last_attention
     if head is not None and not 0 <= head < attention.num_heads:

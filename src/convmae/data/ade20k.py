@@ -17,6 +17,7 @@ from torch import Tensor
 from convmae.data.images import UndecodableImageError, UnfitAnnotationError, undecodable_if_damaged
 from convmae.data.sources import EXTENSIONS, FileReader, ImageCollection, found_part
 from convmae.errors import UserError
+from convmae.findings import Finding
 from convmae.labels import IGNORED
 
 _ADE20K_TABLE = "objectInfo150.txt"  # of its classes, in its folder
@@ -78,14 +79,11 @@ class SegmentationImages(ImageCollection):
         maps: Sequence[str],
         classes: Sequence[str],
         reduce_zero_label: bool,
-        left_out: Sequence[str],
+        findings: Sequence[Finding],
     ) -> None:
-        """maps: the label map of each path, in the same order.
-
-        left_out: a line for each image without a label map, and for each label map without an image.
-        """
+        """maps: the label map of each path, in the same order. findings: what was left out."""
         super().__init__(name, FileReader(paths), list(paths).__getitem__, classes)
-        self._maps, self.reduce_zero_label, self.left_out = list(maps), reduce_zero_label, list(left_out)
+        self._maps, self.reduce_zero_label, self.findings = list(maps), reduce_zero_label, list(findings)
 
     def annotation(self, index: int) -> LabelMap:
         """The label map of image number `index`, not yet read."""
@@ -205,7 +203,7 @@ def open_segmentation(
     """The images of one folder whose label maps another holds, at any depth, under the same names with .png.
 
     classes: names in the order of the labels; reduce_zero_label: whether label 0 is no class and label 1 the first.
-    skip_damaged: leave out images without a label map and label maps without an image, and list them in `left_out`;
+    skip_damaged: leave out images without a label map and label maps without an image, and tell them in `findings`;
     otherwise one of them raises UserError. So does a folder without a single pair.
     """
     if len(classes) + reduce_zero_label > IGNORED:
@@ -238,7 +236,14 @@ def open_segmentation(
         [label_maps[name] for name in pairs],
         classes,
         reduce_zero_label,
-        [f"{path}: has no label map" for path in unlabelled] + [f"{path}: has no image" for path in unseen],
+        [
+            Finding(f"left out {len(found)} {what}", [f"{path}: {fault}" for path in found])
+            for found, what, fault in (
+                (unlabelled, "images without a label map", "has no label map"),
+                (unseen, "label maps without an image", "has no image"),
+            )
+            if found
+        ],
     )
 
 

@@ -16,6 +16,7 @@ import numpy
 
 from convmae.data.sources import FileReader, ImageCollection, found_part
 from convmae.errors import UserError, check_installed
+from convmae.findings import Finding
 
 
 class Annotation(NamedTuple):
@@ -74,23 +75,18 @@ class CocoImages(ImageCollection):
         sizes: numpy.ndarray,
         categories: Mapping[int, str],
         objects: _Objects,
-        left_out: Sequence[str],
+        findings: Sequence[Finding],
     ) -> None:
-        """sizes: (H, W) of each image; categories: names by rising id; left_out: what is broken, and how."""
+        """sizes: (H, W) of each image; categories: names by rising id; findings: what was left out."""
         self._paths, self._objects, self._learned = list(paths), objects, objects.learned
         super().__init__(name, FileReader(paths), self._paths.__getitem__, list(categories.values()))
         self.image_ids, self.sizes, self.category_ids = list(image_ids), sizes, list(categories)
-        self.left_out = list(left_out)
+        self.findings = list(findings)
 
     @property
     def num_objects(self) -> int:
         """Objects that a detector learns, in all images."""
         return int(self._learned.sum())
-
-    @property
-    def zero_size(self) -> int:
-        """Objects without width or height, which COCO itself has and nobody learns."""
-        return int(self._objects.zero_size.sum())
 
     def annotation(self, index: int) -> Annotation:
         """The objects of image number `index`, without crowds and objects of no size."""
@@ -166,7 +162,7 @@ def find_coco(
 def open_coco(annotations: Path, images: Path, skip_damaged: bool = False) -> CocoImages:
     """The images in the folder `images` that a JSON file in COCO's format annotates.
 
-    skip_damaged: leave out missing images and broken annotations, and list them in `left_out`; otherwise one of them
+    skip_damaged: leave out missing images and broken annotations, and tell them in `findings`; otherwise one of them
     raises UserError. So does a file that is not in this format.
     """
     check_installed("detection", "masks and COCO's figures need faster-coco-eval", "faster_coco_eval")
@@ -185,17 +181,33 @@ def open_coco(annotations: Path, images: Path, skip_damaged: bool = False) -> Co
     if not entries:
         raise UserError(f"{annotations} names no images that {images} holds: check both")
     labels = {category_id: label for label, category_id in enumerate(categories, 1)}
-    objects, broken = _sound_objects(content, entries, labels)
+    found, broken = _sound_objects(content, entries, labels)
     _refuse(annotations, "annotations", broken, len(content["annotations"]), skip_damaged)
+    flat = [
+        f"{annotations}: annotation {entry.get('id')} of image {entry['image_id']}"
+        for of_image in found
+        for entry in of_image
+        if min(entry["bbox"][2:]) == 0
+    ]
     return CocoImages(
         str(annotations),
         [str(images / entry["file_name"]) for entry in entries],
         [entry["id"] for entry in entries],
         numpy.array([(entry["height"], entry["width"]) for entry in entries], dtype=numpy.int64),
         categories,
-        _packed(objects, labels),
-        [f"{annotations}: {fault}" for fault in faults + broken] + [f"{images / name}: is missing" for name in missing],
+        _packed(found, labels),
+        _findings(
+            ([f"{annotations}: {fault}" for fault in faults], "left out {} broken images with their annotations"),
+            ([f"{annotations}: {fault}" for fault in broken], "left out {} broken annotations"),
+            ([f"{images / name}: is missing" for name in missing], "left out {} images that are missing"),
+            (flat, "{} objects without width or height, which teach nothing"),
+        ),
     )
+
+
+def _findings(*found: tuple[Sequence[str], str]) -> list[Finding]:
+    """A finding for each list that is not empty, whose length its summary tells."""
+    return [Finding(summary.format(len(items)), items) for items, summary in found if items]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from timm.data.readers import create_reader
 
 from convmae.data.demo import DemoReader
 from convmae.errors import UserError, check_installed
+from convmae.findings import Finding
 from convmae.seeds import mixed_seed
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -24,6 +25,9 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 class ImageCollection:
     """Encoded images that are opened by index; `classes` names their classes, where they have any."""
+
+    findings: Sequence[Finding] = ()
+    """What its owner should know of it."""
 
     def __init__(self, name: str, reader: Any, image_name: Callable[[int], str], classes: Sequence[str] = ()) -> None:
         self.name, self.image_name, self.classes, self._reader = name, image_name, list(classes), reader
@@ -58,6 +62,9 @@ class ImageStream:
 
     `classes` names their classes, where they have any. Streams made for training are shuffled.
     """
+
+    findings: Sequence[Finding] = ()
+    """What its owner should know of it."""
 
     def __init__(self, name: str, reader: Any, num_shards: int, classes: Sequence[str] = ()) -> None:
         self.name, self.num_shards, self.reader, self.classes = name, num_shards, reader, list(classes)

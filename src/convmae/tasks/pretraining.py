@@ -59,6 +59,7 @@ class PretrainingJob(Job[Objective, Judgement]):
             raise UserError("pictures_every_epochs must be at least 0: raise it")
         self.network, self.module = objective, ObjectiveTraining(objective)
         self.origin, self.data = origin, source.name
+        self.findings = {source.name: source.findings}
         self.picture = folder / "reconstructions" / "latest.png"
         self.failures = DecodingFailures(folder)
         self._fabric, self._aug_repeats = fabric, aug_repeats

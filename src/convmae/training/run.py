@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from convmae import weights
 from convmae.errors import UserError
+from convmae.findings import REPORT_FILE, Findings, report, told
 from convmae.seeds import mixed_seed
 from convmae.training.checkpoint import CheckpointFolder, read_state, replace_file
 from convmae.training.engine import start_engine
@@ -71,6 +73,8 @@ class Job(ABC, Generic[N, J]):
     """What a batch holds, in the plural, for the log."""
     model_file: str = weights.MODEL_FILE
     """Name of the file that `save` writes into a checkpoint's folder."""
+    findings: Findings = MappingProxyType({})
+    """What the owners of its data should know of them; it is said after the run's first line, and listed."""
     figure: str | None = None
     """The figure of a judgement by which the best model is kept; None: none is."""
 
@@ -94,9 +98,6 @@ class Job(ABC, Generic[N, J]):
     def judge(self, network: N) -> J | None:
         """How good the network, or its average, is, the same in every process; None where nothing judges."""
         return None
-
-    def begin(self, log: RunLog) -> None:
-        """Called in every process once the run's folder is there, after its first line."""
 
     def after_step(self, step: int) -> None:
         """Called in every process after each step, with the number of steps done."""
@@ -126,10 +127,12 @@ class Finished(Generic[N, J]):
 
     def summary(self, title: str, rows: Mapping[str, str]) -> None:
         """Print the table that ends a run: the task's rows, the steps and the time."""
+        found = self.folder / REPORT_FILE
         self.log.summary(
             title,
             {
                 **rows,
+                **({"found in the data": str(found)} if found.exists() else {}),
                 "steps": f"{self.position.step} ({self.position.skipped} skipped)",
                 "time": str(timedelta(seconds=round(self.seconds))),
             },
@@ -176,7 +179,7 @@ class Run:
         if fabric.is_global_zero:
             keep_config(self.folder, self._settings, restored["step"] if restored else 0)
         log.say(self._first_line(job, plan, fabric, restored))
-        job.begin(log)
+        self._tell(log, job.findings)
         best = _Best(fabric, job, judged, self.folder, restored)
 
         def judge(epoch: int) -> None:
@@ -233,6 +236,16 @@ class Run:
             position,
             time.monotonic() - began,
         )
+
+    def _tell(self, log: RunLog, findings: Findings) -> None:
+        """Say what was found in the data, and list it in the run's folder."""
+        lines = list(told(findings))
+        for line in lines:
+            log.say(line, style="yellow")
+        if lines and log.active:
+            path = self.folder / REPORT_FILE
+            replace_file(path, lambda path: path.write_text(report(findings), encoding="utf-8"))
+            log.say(f"all that was found in the data is listed in {path}")
 
     def _restore(self, job: Job) -> dict[str, Any] | None:
         """Fill the network from the checkpoint to go on from, whose training state is returned."""

@@ -103,11 +103,13 @@ def test_what_is_missing_or_broken_stops_or_is_left_out_and_listed(
         small_detection(copied, tmp_path / "run", paper_file)
     assert not (tmp_path / "run").exists()
     run = small_detection(copied, tmp_path / "run", paper_file, epochs=1, skip_damaged=True)
-    listed = (run.folder / "undecodable-images.txt").read_text().splitlines()
-    assert len(listed) == 3
-    assert "negative width" in listed[0]
-    assert "three points" in listed[1]
-    assert missing.name in listed[2]
+    first, *broken, second, lost = (run.folder / "data-report.txt").read_text().splitlines()
+    assert first.endswith("instances_train2017.json: left out 2 broken annotations")
+    assert "negative width" in broken[0]
+    assert "three points" in broken[1]
+    assert second.endswith("instances_val2017.json: left out 1 images that are missing")
+    assert lost == f"    {missing}: is missing"
+    assert not (run.folder / "undecodable-images.txt").exists()
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

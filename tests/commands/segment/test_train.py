@@ -232,11 +232,15 @@ def test_what_is_missing_or_broken_is_left_out_and_listed(
         small_segmentation(copied, tmp_path / "run", segmenter_file)
     assert not (tmp_path / "run").exists()
     run = small_segmentation(copied, tmp_path / "run", segmenter_file, epochs=1, skip_damaged=True)
-    assert_listed(expected, (run.folder / "undecodable-images.txt").read_text().splitlines())
+    report = (run.folder / "data-report.txt").read_text().splitlines()
+    partnerless = [line.strip() for line in report if line.startswith("    ")]
+    assert len(partnerless) == 2
+    assert_listed(expected, partnerless + (run.folder / "undecodable-images.txt").read_text().splitlines())
     assert run.quality.confusion.sum() == (6 - 3) * (64, 96)[0] * (64, 96)[1]
     printed = " ".join(capsys.readouterr().err.split())
-    assert "left out 2 without a partner, listed in" in printed
-    assert f"left out as missing or damaged │ {len(expected)}" in printed
+    assert "left out 1 images without a label map" in printed
+    assert "left out 1 label maps without an image" in printed
+    assert f"images that could not be used │ {len(expected) - 2}" in printed
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from convmae.data.detection import LargeScaleJitter
 from convmae.data.scenes import CATEGORY_IDS, SHAPES
 from convmae.tasks.detection.job import AnnotatedBatch, DetectionJob, DetectorTraining
 from convmae.training.engine import DeviceOptions, start_engine
-from convmae.training.logging import LoggingOptions, RunLog
 
 
 @pytest.fixture
@@ -78,16 +77,15 @@ def test_it_goes_on_with_weights_of_its_own_classes_only(job_of, network, tmp_pa
             job.load(tmp_path / "other.safetensors", network)
 
 
-def test_what_is_broken_is_listed(job_of, network, source_of, coco_scenes, tmp_path, capsys):
+def test_what_is_broken_is_found(job_of, network, source_of, coco_scenes, tmp_path):
     data = shutil.copytree(coco_scenes, tmp_path / "scenes")
     file = data / "annotations" / "instances_train2017.json"
     content = json.loads(file.read_text())
     content["annotations"][0]["bbox"][2] = -5
     file.write_text(json.dumps(content))
     job = job_of(network, source_of("train", data))
-    log = RunLog(tmp_path, LoggingOptions())
-    job.begin(log)
-    log.finish()
-    assert "left out 1 missing or broken, listed in" in " ".join(capsys.readouterr().err.split())
-    (line,) = (tmp_path / "undecodable-images.txt").read_text().splitlines()
-    assert "negative width" in line
+    training, validation = job.findings.values()
+    (finding,) = training
+    assert finding.summary == "left out 1 broken annotations"
+    assert "negative width" in finding.items[0]
+    assert not validation

@@ -11,7 +11,6 @@ from convmae.data.loading import Loading
 from convmae.data.segmentation import RandomScaleCrop
 from convmae.tasks.segmentation.job import SegmentationJob, SegmenterTraining
 from convmae.tasks.segmentation.views import Inference, InferenceOptions
-from convmae.training.logging import LoggingOptions, RunLog
 
 
 @pytest.fixture
@@ -69,13 +68,12 @@ def test_one_image_a_pass_has_no_statistics(job_of, network):
         job_of(network, loading=Loading(batch_size=1))
 
 
-def test_what_has_no_partner_is_listed(job_of, network, source_of, ade20k_scenes, tmp_path, capsys):
+def test_what_has_no_partner_is_found(job_of, network, source_of, ade20k_scenes, tmp_path):
     data = shutil.copytree(ade20k_scenes, tmp_path / "scenes")
     sorted((data / "annotations" / "training").iterdir())[0].unlink()
     job = job_of(network, source_of("train", data))
-    log = RunLog(tmp_path, LoggingOptions())
-    job.begin(log)
-    log.finish()
-    assert "left out 1 without a partner, listed in" in " ".join(capsys.readouterr().err.split())
-    (line,) = (tmp_path / "undecodable-images.txt").read_text().splitlines()
-    assert "has no label map" in line
+    training, validation = job.findings.values()
+    (finding,) = training
+    assert finding.summary == "left out 1 images without a label map"
+    assert finding.items[0].endswith(": has no label map")
+    assert not validation

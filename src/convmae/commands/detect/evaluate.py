@@ -6,7 +6,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from convmae.commands.frozen import checked_output, load_frozen_detector, report_damaged
+from convmae.commands.frozen import checked_output, load_frozen_detector, report_damaged, tell_findings
 from convmae.data.coco import find_coco, open_coco
 from convmae.errors import UserError, check_positive
 from convmae.tasks.detection.judge import DetectionQuality, Judge, print_quality
@@ -55,6 +55,8 @@ def evaluate(
     known = (network.settings["classes"], network.settings["category_ids"])
     if known != (source.classes, source.category_ids):
         raise UserError(f"{source.name} has other categories than the detector of {weights}: they cannot be compared")
+    if fabric.is_global_zero:
+        tell_findings(source)
     damaged: list[str] = []
     judge = Judge(
         fabric,
@@ -66,7 +68,7 @@ def evaluate(
     )
     found = list(tracked(fabric, judge.detections(network), len(source), "detecting"))
     results = gathered(fabric, found)
-    left_out = [*source.left_out, *gathered(fabric, damaged)]
+    left_out = gathered(fabric, damaged)
     quality = judge.quality(results)
     if fabric.is_global_zero:
         report_damaged(left_out)

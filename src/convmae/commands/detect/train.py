@@ -191,7 +191,7 @@ def _finish(
             "picture": str(picture),
             "AP by class": str(table),
             "loss curve": str(curve),
-            "left out as missing or broken": str(DecodingFailures(folder).count),
+            "images that could not be used": str(DecodingFailures(folder).count),
         },
     )
     return DetectorTrainingResult(folder, finished.checkpoint, quality, picture, curve, finished.position.step)

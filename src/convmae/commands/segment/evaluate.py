@@ -5,7 +5,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from convmae.commands.frozen import checked_output, load_frozen_segmenter, report_damaged
+from convmae.commands.frozen import checked_output, load_frozen_segmenter, report_damaged, tell_findings
 from convmae.data.ade20k import calls_classes, find_ade20k, names_classes, open_segmentation, read_classes
 from convmae.errors import UserError, check_positive
 from convmae.evaluation.segmentation import SegmentationQuality
@@ -61,6 +61,8 @@ def evaluate(
     if reduce_zero_label is None:
         reduce_zero_label = network.settings["reduce_zero_label"]
     source = open_segmentation(*folders, network.classes, reduce_zero_label, skip_damaged)
+    if fabric.is_global_zero:
+        tell_findings(source)
     damaged: list[str] = []
     judge = Judge(
         fabric,
@@ -70,7 +72,7 @@ def evaluate(
         process_loading(fabric, engine, batch_size, skip_damaged),
     )
     quality = judge(network, lambda judged: list(tracked(fabric, judged, len(source), "segmenting")))
-    left_out = [*source.left_out, *gathered(fabric, damaged)]
+    left_out = gathered(fabric, damaged)
     if fabric.is_global_zero:
         report_damaged(left_out)
         print_quality(quality, source.classes, Console())

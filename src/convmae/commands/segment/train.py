@@ -196,7 +196,7 @@ def _finish(
             "figures by class": str(table),
             "confusion of classes": str(confusion),
             "loss curve": str(curve),
-            "left out as missing or damaged": str(DecodingFailures(folder).count),
+            "images that could not be used": str(DecodingFailures(folder).count),
         },
     )
     return SegmenterTrainingResult(folder, finished.checkpoint, quality, picture, curve, finished.position.step)

@@ -64,6 +64,7 @@ class ClassificationJob(Job[N, Accuracy]):
             )
         self.network, self.module = network, ClassifierTraining(network)
         self.origin, self.data = origin, data
+        self.findings = {source.name: source.findings for source in (training, validation)}
         self.classes = list(training.classes)
         count = training.reader.num_samples if isinstance(training, ImageStream) else len(training)
         self.contents = f"{count} images of {len(self.classes)} classes"

@@ -15,7 +15,6 @@ from convmae.errors import UserError
 from convmae.models.detector import DetectionLosses, Detector
 from convmae.tasks.detection.judge import DetectionQuality, Judge
 from convmae.tasks.processes import share_batch_statistics
-from convmae.training.logging import RunLog
 from convmae.training.run import Job
 
 
@@ -63,9 +62,10 @@ class DetectionJob(Job[Detector, DetectionQuality]):
         share_batch_statistics(fabric, network)
         self.network, self.module = network, DetectorTraining(network)
         self.origin, self.data = origin, training.name
+        self.findings = {source.name: source.findings for source in (training, validation)}
         self.contents = f"{training.num_objects} objects of {len(training.classes)} classes in {len(training)} images"
         self.failures = DecodingFailures(folder)
-        self._fabric, self._folder, self._sources = fabric, folder, (training, validation)
+        self._fabric, self._folder, self._training = fabric, folder, training
         self._loader = build_training_loader(training, jitter, loading, seed=seed)
         self._judge = Judge(fabric, validation, network.image_size, network.in_channels, self.failures.record, loading)
 
@@ -83,7 +83,7 @@ class DetectionJob(Job[Detector, DetectionQuality]):
 
     def load(self, file: Path, network: Detector) -> None:
         """Fill the network; raises UserError where the file is of other classes."""
-        training, _ = self._sources
+        training = self._training
         state, facts = weights.read(file)
         known = weights.flat(facts)
         if (known.get("classes"), known.get("category_ids")) != (training.classes, training.category_ids):
@@ -95,17 +95,6 @@ class DetectionJob(Job[Detector, DetectionQuality]):
     def judge(self, network: Detector) -> DetectionQuality:
         """COCO's figures on the validation images of all processes."""
         return self._judge(network)
-
-    def begin(self, log: RunLog) -> None:
-        """List and tell what is left out of the annotations."""
-        for source in self._sources:
-            if log.active:
-                self.failures.list_once(source.left_out)
-            if source.left_out or source.zero_size:
-                log.say(
-                    f"{source.name}: left out {len(source.left_out)} missing or broken, listed in "
-                    f"{self.failures.path}, and {source.zero_size} objects without width or height"
-                )
 
     def warning(self) -> str | None:
         """A sentence where more images than the odd one cannot be decoded, else None."""

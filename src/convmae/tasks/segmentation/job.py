@@ -17,7 +17,6 @@ from convmae.models.segmenter import SegmentationLosses, Segmenter
 from convmae.tasks.processes import share_batch_statistics, shares_batch_statistics
 from convmae.tasks.segmentation.judge import Judge
 from convmae.tasks.segmentation.views import Inference
-from convmae.training.logging import RunLog
 from convmae.training.run import Job
 
 
@@ -64,9 +63,10 @@ class SegmentationJob(Job[Segmenter, SegmentationQuality]):
         share_batch_statistics(fabric, network)
         self.network, self.module = network, SegmenterTraining(network)
         self.origin, self.data = origin, training.name
+        self.findings = {source.name: source.findings for source in (training, validation)}
         self.contents = f"{len(training.classes)} classes in {len(training)} images"
         self.failures = DecodingFailures(folder)
-        self._fabric, self._folder, self._sources = fabric, folder, (training, validation)
+        self._fabric, self._folder, self._training = fabric, folder, training
         self._loader = build_training_loader(training, crop, loading, seed=seed)
         self._judge = Judge(fabric, validation, inference, self.failures.record, loading)
 
@@ -84,7 +84,7 @@ class SegmentationJob(Job[Segmenter, SegmentationQuality]):
 
     def load(self, file: Path, network: Segmenter) -> None:
         """Fill the network; raises UserError where the file is of other classes or of another reduce_zero_label."""
-        training, _ = self._sources
+        training = self._training
         state, facts = weights.read(file)
         known = weights.flat(facts)
         if (known.get("classes"), known.get("reduce_zero_label")) != (training.classes, training.reduce_zero_label):
@@ -97,16 +97,6 @@ class SegmentationJob(Job[Segmenter, SegmentationQuality]):
     def judge(self, network: Segmenter) -> SegmentationQuality:
         """mIoU and its like on the validation images of all processes."""
         return self._judge(network)
-
-    def begin(self, log: RunLog) -> None:
-        """List and tell which images have no label map, and which label maps no image."""
-        for source in self._sources:
-            if log.active:
-                self.failures.list_once(source.left_out)
-            if source.left_out:
-                log.say(
-                    f"{source.name}: left out {len(source.left_out)} without a partner, listed in {self.failures.path}"
-                )
 
     def warning(self) -> str | None:
         """A sentence where more images than the odd one cannot be decoded, else None."""
