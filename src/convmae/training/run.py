@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from convmae import weights
-from convmae.errors import UserError
+from convmae.errors import UserError, leave_if_started_again
 from convmae.findings import REPORT_FILE, Findings, report, told
 from convmae.seeds import mixed_seed
 from convmae.training.changes import CHANGES_FILE, changed_course, changed_settings
@@ -148,6 +148,7 @@ class Run:
 
         Raises UserError where the folder holds a run that may not go on, see `checkpoint_to_resume`.
         """
+        leave_if_started_again()
         self.options, self._settings = options, settings
         self.folder = options.output
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", options.checkpoint.keep)
