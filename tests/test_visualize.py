@@ -4,6 +4,9 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image
 
 from convmae import visualize
@@ -281,3 +284,79 @@ def test_each_class_has_a_colour_of_its_own():
     for number, least in ((20, 10), (50, 7), (150, 3.5), (255, 1.5)):  # of 1 a difference is just seen
         assert difference[:number, :number].min() > least
     assert (np.ptp(colours.astype(int), axis=1) > 30).all()  # none is grey, as the pictures under them are
+
+
+@pytest.fixture
+def only_usual_fonts(monkeypatch):
+    """A machine that has matplotlib's own fonts and no others; the list may be added to."""
+    own = [font for font in font_manager.fontManager.ttflist if "mpl-data" in font.fname and "DejaVu" in font.name]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+
+    def forget():
+        for known in (visualize._fonts_for, visualize._letters_of, visualize._tell_lacking):
+            known.cache_clear()
+
+    forget()
+    yield own
+    forget()
+
+
+def write_font(path, letters):
+    """A font of the family "Made" in which each letter is a bar, the next one's twice as wide."""
+    builder = FontBuilder(1000)
+    names = [f"letter{number}" for number in range(len(letters))]
+    builder.setupGlyphOrder([".notdef", *names])
+    builder.setupCharacterMap({ord(letter): name for letter, name in zip(letters, names, strict=True)})
+    glyphs = {}
+    for number, name in enumerate([".notdef", *names]):
+        pen = TTGlyphPen(None)
+        width = 0 if name == ".notdef" else 200 * 2 ** (number - 1)
+        for step, corner in enumerate([(0, 0), (0, 700), (width, 700), (width, 0)]):
+            (pen.lineTo if step else pen.moveTo)(corner)
+        pen.closePath()
+        glyphs[name] = pen.glyph()
+    builder.setupGlyf(glyphs)
+    builder.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Made", "styleName": "Regular"})
+    builder.setupOS2(sTypoAscender=800, sTypoDescender=-200)
+    builder.setupPost()
+    builder.save(path)
+
+
+def named_pictures(tmp_path, name):
+    """Pixels of each kind of picture that shows the names of classes."""
+    image = torch.zeros(3, 40, 60)
+    box = {"boxes": torch.tensor([[5.0, 5, 50, 30]]), "labels": torch.tensor([1]), "masks": torch.zeros(1, 40, 60)}
+    visualize.detection_picture(tmp_path / "0.png", [[DrawnPicture(image, box, "")]], [name])
+    labels = torch.zeros(40, 60, dtype=torch.long)
+    visualize.segmentation_picture(tmp_path / "1.png", [[SegmentedPicture(image, labels, "")]], [name])
+    visualize.confusion_picture(tmp_path / "2.png", torch.eye(1), [name])
+    visualize.neighbours_picture(tmp_path / "3.png", [[(image, name)]])
+    return [np.asarray(Image.open(tmp_path / f"{number}.png").convert("L")).copy() for number in range(4)]
+
+
+def test_names_are_drawn_in_a_font_that_has_their_letters(tmp_path, only_usual_fonts, caplog, recwarn):
+    boxes = [named_pictures(tmp_path, name) for name in ("猫", "犬")]
+    assert all(np.array_equal(*pair) for pair in zip(*boxes, strict=True))  # which is what cannot be told apart
+    said = [record.message for record in caplog.records]
+    assert [message.split(":")[0] for message in said] == [f"no font on this machine has {letter}" for letter in "猫犬"]
+
+    write_font(tmp_path / "made.ttf", "猫犬")
+    font_manager.fontManager.addfont(tmp_path / "made.ttf")
+    visualize._fonts_for.cache_clear()
+    cat, dog = (named_pictures(tmp_path, name) for name in ("猫", "犬"))
+    for number, (one, other) in enumerate(zip(cat, dog, strict=True)):
+        assert one.shape == other.shape
+        # The bar of the second is twice as wide; on pictures it is white, beside them black.
+        of_text = (lambda picture: picture > 240) if number == 0 else (lambda picture: picture < 100)
+        assert np.count_nonzero(of_text(other)) > np.count_nonzero(of_text(one))
+    mixed = named_pictures(tmp_path, "cat 猫")
+    assert not np.array_equal(mixed[3], cat[3])
+    assert len(caplog.records) == 2
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_latin_and_cyrillic_names_need_no_other_font(only_usual_fonts):
+    assert visualize._fonts_for(frozenset("cat, Katze, кошка, γάτα")) == ((), "")
+    assert visualize._fonts_for(frozenset("a\n\t\u200b")) == ((), "")

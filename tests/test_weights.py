@@ -1,7 +1,13 @@
 import argparse
+import datetime
 import os
-from collections import OrderedDict
+import re
+import sys
+import types
+from collections import Counter, OrderedDict, defaultdict
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -253,17 +259,130 @@ def test_relative_positions_that_are_no_square_are_refused(golden):
             "epoch": 7,
             "args": argparse.Namespace(norm_pix_loss=False),
         },
+        lambda state: {"checkpoint": {"model": state}},
+        lambda state: {"net": state, "args": {"norm_pix_loss": 0}},
+        lambda state: {"params": state, "epoch": torch.tensor(3)},
+        lambda state: {"module": OrderedDict(state)},
+        lambda state: {"my_model": {f"model.module.{key}": value for key, value in state.items()}},
+        lambda state: {"state_dict": {f"net._orig_mod.encoder.{key}": value for key, value in state.items()}},
+        lambda state: {f"_orig_mod.module.backbone.{key}": value for key, value in state.items()},
+        lambda state: {re.sub(r"(blocks3\.\d+\.)", r"\1_orig_mod.", key): value for key, value in state.items()},
+        lambda state: {
+            "model": state,
+            "optimizer": {"state": {key: {"exp_avg": value} for key, value in state.items()}, "param_groups": []},
+        },
     ],
-    ids=["bare", "model", "state_dict", "module prefix", "nested, with a namespace"],
+    ids=[
+        "bare",
+        "model",
+        "state_dict",
+        "module prefix",
+        "nested, with a namespace",
+        "checkpoint, model",
+        "net, with arguments as a dictionary",
+        "params, with a tensor beside",
+        "module",
+        "any name, two prefixes",
+        "three prefixes",
+        "three other prefixes",
+        "compiled blocks",
+        "an optimiser by names",
+    ],
 )
 def test_any_wrapping_of_a_torch_file_loads(golden, tmp_path, wrap):
     state = published(golden)
     torch.save(wrap(state), tmp_path / "weights.pth")
     model = convmae.load(tmp_path / "weights.pth", num_heads=4, decoder_num_heads=4)
+    assert type(model) is convmae.ConvMAE
     ours = weights.from_published(state)
     assert all(torch.equal(value, ours[name]) for name, value in model.state_dict().items())
     wrapped = wrap(state)
     assert model.norm_pix is not ("args" in wrapped)
+
+
+def averaged(state):
+    return {name: value + 1 for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (lambda x: {"model": x, "model_ema": averaged(x)}, "model_ema"),
+        (lambda x: {"state_dict": x, "state_dict_ema": averaged(x)}, "state_dict_ema"),
+        (lambda x: {"ema_state_dict": averaged(x), "net": x}, "ema_state_dict"),
+        (lambda x: {"student": x, "teacher": averaged(x)}, "teacher"),
+        (lambda x: {"params": x, "params_ema": averaged(x)}, "params_ema"),
+        (
+            lambda x: {"state_dict": {f"{who}.{n}": v for who, of in _both(x) for n, v in of.items()}},
+            "state_dict.momentum_encoder",
+        ),
+        (
+            lambda x: {"model": x, "other": {"n_averaged": torch.tensor(3), **_prefixed("module.", averaged(x))}},
+            "other",
+        ),
+    ],
+)
+def test_of_a_model_and_its_average_the_average_is_taken_and_said(golden, tmp_path, caplog, content, name):
+    """As timm.models.load_state_dict does, whose use_ema is true by default."""
+    state = published(golden)
+    torch.save(content(state), tmp_path / "both.pth")
+    found, _ = weights.read(tmp_path / "both.pth")
+    ours = weights.from_published(averaged(state))
+    assert found.keys() - {"n_averaged"} == ours.keys()
+    assert all(torch.equal(found[key], value) for key, value in ours.items())
+    assert f"the moving average under '{name}'" in caplog.text
+
+
+def _both(state):
+    return ("encoder", state), ("momentum_encoder", averaged(state))
+
+
+def _prefixed(prefix, state):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def test_timm_takes_the_same_of_both(golden, tmp_path):
+    from timm.models import load_state_dict
+
+    state = published(golden)
+    for names in (("state_dict", "state_dict_ema"), ("model", "model_ema")):
+        torch.save(dict(zip(names, (state, averaged(state)), strict=True)), tmp_path / "both.pth")
+        theirs = weights.from_published(load_state_dict(tmp_path / "both.pth"))
+        ours, _ = weights.read(tmp_path / "both.pth")
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_weights_of_which_one_cannot_know_which_are_meant_are_refused(golden, tmp_path):
+    state = published(golden)
+    for content in (
+        {"first": state, "second": state},
+        {"model_ema": state, "model_ema2": {}, "teacher": state},
+        {**state, "module.patch_embed1.proj.weight": state["patch_embed1.proj.weight"]},
+    ):
+        torch.save(content, tmp_path / "several.pth")
+        with pytest.raises(convmae.UserError, match=r"several\.pth holds .*save .* by themselves") as error:
+            convmae.load(tmp_path / "several.pth")
+        assert "\n" not in str(error.value)
+
+
+def test_an_encoder_alone_and_in_somebody_s_model(golden, tmp_path, caplog):
+    encoder = convmae.ConvViT(**TINY)
+    for prefix in ("", "encoder.", "module.encoder.", "net.backbone."):
+        beside = {"net.projector.0.weight": torch.zeros(2, 2)} if prefix == "net.backbone." else {}
+        torch.save({**beside, **_prefixed(prefix, encoder.state_dict())}, tmp_path / "encoder.pth")
+        model = convmae.load(tmp_path / "encoder.pth", num_heads=2)
+        assert type(model) is convmae.Classifier
+        back = model.encoder.state_dict()
+        assert all(torch.equal(back[name], value) for name, value in encoder.state_dict().items())
+        assert ("all but the encoder is left out, 1 tensors of projector" in caplog.text) is bool(beside)
+
+
+def test_an_encoder_that_is_not_whole_is_named():
+    state = convmae.create_classifier("tiny", image_size=32).state_dict()
+    for name in ("encoder.pos_embed", "encoder.stage2.0.mlp.fc1.bias"):
+        part = {key: value for key, value in state.items() if key != name}
+        with pytest.raises(convmae.UserError, match=f"not whole: they lack {name}"):
+            convmae.load(part)
 
 
 def test_safetensors_and_state_dicts_load_too(golden, tmp_path):
@@ -294,6 +413,52 @@ def test_our_own_file_brings_back_the_whole_model(tmp_path, settings):
     assert torch.equal(model(images, visible).loss, back(images, visible).loss)
 
 
+@pytest.mark.parametrize("create", [convmae.create_classifier, convmae.create_autoencoder, convmae.create_segmenter])
+def test_mlp_ratios_that_differ_by_stage(tmp_path, create):
+    """As of a public derivative: 8, 8, 4."""
+    model = create("tiny", image_size=64, mlp_ratio=(8, 8, 4)).eval()
+    stages = (model.encoder.stage1, model.encoder.stage2, model.encoder.stage3)
+    assert [stage[0].mlp.fc1.weight.shape[0] for stage in stages] == [8 * 48, 8 * 96, 4 * 192]
+    weights.save_model(tmp_path / "ours.safetensors", model)
+    weights.save_published(tmp_path / "published.pth", model.state_dict(), model.settings)
+    torch.save(model.state_dict(), tmp_path / "named.pth")
+    for name in ("ours.safetensors", "published.pth", "named.pth"):
+        back = convmae.load(tmp_path / name).eval()
+        assert back.encoder.config.mlp_ratio == (8, 8, 4)
+        assert all(torch.equal(value, back.state_dict()[key]) for key, value in model.state_dict().items())
+    usual = sum(x.numel() for x in create("tiny", image_size=64).parameters())
+    added = sum(2 * 4 * width * width + 4 * width for width in (48, 96))  # fc1, fc2 and fc1's bias, four times more
+    assert sum(x.numel() for x in model.parameters()) == usual + added
+
+
+def test_a_ratio_that_is_no_whole_number_gives_the_same_hidden_channels():
+    for width in range(1, 400):
+        for hidden in range(1, 60):
+            assert int(width * weights._ratio(hidden, width)) == hidden
+
+
+def test_timm_s_folder_tells_what_the_tensors_do_not(tmp_path):
+    import timm
+    from timm.models import save_for_hf
+
+    model = timm.create_model("convmae_tiny", img_size=64, num_classes=3, num_heads=12)
+    model.pretrained_cfg["crop_pct"] = 0.5
+    config = {"label_names": ["cat", "dog", "owl"], "model_args": {"num_heads": 12, "img_size": 64}}
+    save_for_hf(model, tmp_path / "timm", config, safe_serialization=True)
+    back = convmae.load(tmp_path / "timm")
+    assert (back.classes, back.crop_pct, back.encoder.config.num_heads) == (["cat", "dog", "owl"], 0.5, 12)
+    for told in ("[]", "no JSON", '{"architecture": "vit_base", "model_args": {"num_heads": 4}}'):
+        (tmp_path / "timm" / "config.json").write_text(told)
+        assert convmae.load(tmp_path / "timm").encoder.config.num_heads == 6
+
+
+@pytest.mark.parametrize("address", ["https://a.b/c.pth", "s3://bucket/c.pth", "hf://user/name"])
+def test_an_address_is_named_as_it_was_given(address):
+    with pytest.raises(convmae.UserError, match=f"weights cannot be {address}, .*: download the file") as error:
+        convmae.load(Path(address))
+    assert "\n" not in str(error.value)
+
+
 def test_sizes_are_read_from_the_tensors():
     model = convmae.ConvMAE(**{**TINY, **DECODER, "kernel_size": 9, "in_channels": 4, "mlp_ratio": 2.0})
     found = weights.sizes(model.state_dict())
@@ -317,6 +482,91 @@ def test_published_file_of_ours_is_read_back(tmp_path):
     assert content["model"]["patch_embed1.proj.weight"].shape == (48, 3, 4, 4)
     back = convmae.load(tmp_path / "p.pth")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters(), strict=True))
+
+
+def test_what_training_scripts_put_beside_the_weights_is_passed_over(golden, tmp_path):
+    state = published(golden)
+    beside = {
+        "args": argparse.Namespace(norm_pix_loss=False, output=Path("runs"), lr=np.float64(0.1)),
+        "config": types.SimpleNamespace(data=PurePosixPath("data"), windows=PureWindowsPath("data")),
+        "counts": defaultdict(list, {"loss": [0.5, 0.25]}),
+        "nested": defaultdict(dict, {"a": {"b": 1}}),
+        "frozen": frozenset({1}),
+        "best": np.float32(0.5),
+        "best_epoch": np.int64(7),
+        "flag": np.bool_(True),
+        "history": np.arange(6.0).reshape(2, 3),
+        "random": np.random.RandomState(0).get_state(),
+        "when": datetime.datetime(2026, 1, 2),
+        "took": datetime.timedelta(seconds=3),
+        "optimizer": torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]).state_dict(),
+        "order": OrderedDict(a=1),
+        "counter": Counter("abca"),
+        "type": torch.float16,
+        "set": {1, 2},
+    }
+    torch.save({"model": state, **beside}, tmp_path / "beside.pth")
+    model = convmae.load(tmp_path / "beside.pth", num_heads=4, decoder_num_heads=4)
+    ours = weights.from_published(state)
+    assert all(torch.equal(value, ours[name]) for name, value in model.state_dict().items())
+    assert model.norm_pix is False
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("omegaconf.dictconfig.DictConfig", object),
+        ("easydict.EasyDict", dict),
+        ("mmengine.config.config.Config", object),
+    ],
+)
+def test_classes_of_libraries_that_are_not_there_are_passed_over(golden, tmp_path, monkeypatch, name, base):
+    module, _, called = name.rpartition(".")
+    stored = type(called, (base,), {"__module__": module})
+    with monkeypatch.context() as patch:
+        parts = module.split(".")
+        for number in range(1, len(parts) + 1):
+            stand_in = types.ModuleType(".".join(parts[:number]))
+            setattr(stand_in, called, stored)
+            patch.setitem(sys.modules, stand_in.__name__, stand_in)
+        config = stored()
+        if base is dict:
+            config["lr"] = 0.1
+        config.hidden = {"a": [1]}
+        torch.save({"model": published(golden), "config": config}, tmp_path / "config.pth")
+    state, _ = weights.read(tmp_path / "config.pth")
+    assert state.keys() == weights.from_published(published(golden)).keys()
+
+
+class Called:
+    """Pickled as a call of a function that may stand in a file, with the arguments of one that did harm."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_what_is_passed_over_is_not_called(golden, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    monkeypatch.setattr(Called, "harm", property(lambda _: ran.append(1)), raising=False)
+    content = {
+        "model": published(golden),
+        "attribute": Called(getattr, argparse.Namespace(), "harm"),
+        "list": Called(list, {"a": 1}),
+    }
+    torch.save(content, "calls.pth")
+    with torch.serialization.safe_globals(weights._BESIDE_THE_WEIGHTS):
+        found = torch.load("calls.pth", weights_only=True)
+    assert {type(found[name]) for name in ("attribute", "list")} == {weights._PassedOver}
+    assert not ran
+    for function, arguments in ((eval, ("1",)), (exec, ("1",)), (open, ("written", "w")), (os.mkdir, ("made",))):
+        torch.save({"model": published(golden), "args": Called(function, *arguments)}, "bad.pth")
+        with pytest.raises(convmae.UserError, match=r"bad.pth holds code \([\w.]+\), refused"):
+            convmae.load("bad.pth")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.pth", "calls.pth"]
 
 
 class Malicious:

@@ -3,8 +3,11 @@
 Its message is a single line that says what is wrong and what to do; the command line prints it and exits with 2.
 """
 
+import multiprocessing
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -38,3 +41,24 @@ def check_installed(extra: str, need: str, *packages: str) -> None:
     """
     if any(find_spec(package) is None for package in packages):
         raise UserError(f"{need}: pip install 'convmae[{extra}]'")
+
+
+def check_local(name: str, path: str | Path, cure: str = "give a path on this machine") -> None:
+    """Raise UserError where a path on this machine is wanted and an address is given.
+
+    cure: what to do. A Path has lost one of the address's slashes, which the message puts back.
+    """
+    address = re.match(r"([a-z][a-z0-9+-]+):/+", str(path))
+    if address:
+        url = f"{address[1]}://{str(path)[address.end() :]}"
+        raise UserError(f"{name} cannot be {url}, from or to which nothing is transferred: {cure}")
+
+
+def leave_if_started_again() -> None:
+    """Leave a process that is being started to load images, and on its way runs the user's whole script again.
+
+    So it is where processes are not forked and the script has no main guard; the process that waits for this one says
+    so, see `convmae.data.loading`.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks, but later
+        raise SystemExit(1)

@@ -3,24 +3,32 @@
 C channels, H height, W width; h and w those of maps that cover an image.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.text import Text
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
 from convmae.labels import IGNORED
+
+_log = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 """What the name of a picture's file may end in."""
@@ -32,6 +40,8 @@ _DRAWN_SIDES = (6.0, 3.6)  # inches of pictures with detections or classes, long
 _MOST_NAMES = 20  # of classes in a legend
 _LONGEST_NAME = 40  # letters of them
 _TRANSLUCENT = 0.6  # weight of a class's colour over an image
+_PLAIN = ("400", "normal", "regular", "book", "roman")  # weights of fonts
+_MOST_LETTERS = 20  # in a message
 _ROBUST = (0.01, 0.99)  # quantiles that become the darkest and brightest, so that outliers do not
 
 
@@ -310,7 +320,8 @@ def _add_legend(figure: Figure, counts: np.ndarray, classes: Sequence[str]) -> N
         names.append(f"and {len(present) - _MOST_NAMES} more")
     for columns in range(len(names), 0, -1):
         legend = _legend(figure, handles, names, columns)
-        width, height = (float(dots) / figure.dpi + 0.1 for dots in legend.get_window_extent().size)
+        with _legible(legend.get_texts()):
+            width, height = (float(dots) / figure.dpi + 0.1 for dots in legend.get_window_extent().size)
         if columns == 1 or width <= figure.get_figwidth():
             break
         legend.remove()
@@ -367,4 +378,62 @@ def _as_colours(image: Tensor) -> np.ndarray:
 def _save(figure: Figure, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DOTS)
+    with _legible(figure.findobj(Text)):
+        figure.savefig(path, dpi=_DOTS)
+
+
+@contextmanager
+def _legible(texts: Iterable[Any]) -> Iterator[None]:
+    """Give texts fonts that have their letters, and let matplotlib measure and draw them without a word on others."""
+    for text in texts:
+        families, lacking = _fonts_for(frozenset(text.get_text()))
+        if families:
+            text.set_fontfamily([*matplotlib.rcParams["font.family"], *families])
+        _tell_lacking(lacking)
+    finder = logging.getLogger("matplotlib.font_manager")  # which tells of families without bold letters
+    level = finder.level
+    finder.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from")
+            yield
+    finally:
+        finder.setLevel(level)
+
+
+@cache
+def _fonts_for(letters: frozenset[str]) -> tuple[tuple[str, ...], str]:
+    """Families of this machine with the letters that matplotlib's usual font lacks, and the letters that none has."""
+    drawn = {letter for letter in letters if unicodedata.category(letter)[0] not in "CZ"}  # not spaces and the like
+    lacking = drawn - _letters_of(font_manager.findfont(font_manager.FontProperties()))
+    families: list[str] = []
+    if lacking:
+        fonts = [font for font in font_manager.fontManager.ttflist if "lastresort" not in Path(font.fname).stem.lower()]
+        # Plain shapes first, of those sans serifs, as the usual font is one.
+        fonts.sort(key=lambda font: (font.style != "normal", str(font.weight) not in _PLAIN, "Sans" not in font.name))
+        while lacking and (best := max(fonts, key=lambda font: len(lacking & _letters_of(font.fname)), default=None)):
+            if not lacking & _letters_of(best.fname):
+                break
+            families.append(best.name)
+            lacking = lacking - _letters_of(best.fname)
+    return tuple(families), "".join(sorted(lacking))
+
+
+@cache
+def _letters_of(file: str) -> frozenset[str]:
+    """The letters that a font has; none where it cannot be read."""
+    try:
+        return frozenset(map(chr, font_manager.get_font(file).get_charmap()))
+    except (OSError, RuntimeError):  # removed since matplotlib listed it, or of a form that it does not read
+        return frozenset()
+
+
+@cache
+def _tell_lacking(letters: str) -> None:
+    """Say once of these letters that pictures cannot show them."""
+    if letters:
+        shown = letters if len(letters) <= _MOST_LETTERS else f"{letters[:_MOST_LETTERS]}…"
+        _log.warning(
+            "no font on this machine has %s: pictures show boxes in their place; install one that has, such as Noto Sans",
+            shown,
+        )

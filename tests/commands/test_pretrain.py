@@ -4,13 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from jsonargparse import auto_parser
 from safetensors.torch import load_file
 
 import convmae
+from convmae import weights
 from convmae.commands.pretrain import pretrain
+from convmae.models.sizes import ENCODERS
 from convmae.training.checkpoint import CheckpointOptions
 from convmae.training.engine import EngineOptions
 from convmae.training.folder import plain_settings
@@ -107,6 +110,87 @@ def test_training_starts_from_given_weights(photos, tmp_path, same, small_pretra
     assert same(*states)
     larger = small_pretraining(photos, tmp_path / "larger", image_size=64, **options)
     assert convmae.load(larger.checkpoint).encoder.pos_embed.shape[1:3] == (4, 4)
+
+
+def _authors_encoder(encoder, path):
+    torch.save({"model": weights.to_published(_named(encoder))}, path)
+
+
+def _bare(encoder, path):
+    torch.save(encoder.state_dict(), path)
+
+
+def _of_timm(encoder, path):
+    classifier = timm.create_model("convmae_tiny", img_size=32, num_classes=3)
+    classifier.encoder.load_state_dict(encoder.state_dict())
+    timm.models.save_for_hf(classifier, path, safe_serialization=True)
+
+
+def _of_a_run(encoder, path):
+    classifier = convmae.create_classifier("tiny", image_size=32, num_classes=0)
+    classifier.encoder.load_state_dict(encoder.state_dict())
+    (path / "best").mkdir(parents=True)
+    weights.save_model(path / "best" / "model.safetensors", classifier)
+
+
+def _named(encoder):
+    return {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+
+
+STILL = OptimizerOptions(base_lr=0.0)
+
+
+@pytest.mark.parametrize(
+    ("save", "left_out"),
+    [
+        (lambda encoder, path: encoder.save_pretrained(path), ""),
+        (_authors_encoder, ""),
+        (_bare, ""),
+        (_of_timm, "; left out are its fc_norm, head"),
+        (_of_a_run, "; left out are its fc_norm"),
+    ],
+    ids=["save_pretrained", "the authors'", "an encoder's state dict", "timm's folder", "a finetuning's run"],
+)
+def test_training_starts_from_an_encoder_and_says_what_begins_anew(
+    photos, tmp_path, same, small_pretraining, caplog, save, left_out
+):
+    encoder = convmae.ConvViT(32, encoder=ENCODERS["tiny"])
+    save(encoder, tmp_path / "encoder")
+    begun = small_pretraining(photos, tmp_path / "run", epochs=1, weights=tmp_path / "encoder", optimizer=STILL)
+    alone = small_pretraining(photos, tmp_path / "alone", epochs=1, optimizer=STILL)
+    state, anew = (load_file(run.checkpoint / "model.safetensors") for run in (begun, alone))
+    assert same({name: value for name, value in state.items() if name.startswith("encoder.")}, _named(encoder))
+    others = {name for name in state if not name.startswith("encoder.")}
+    assert same({name: state[name] for name in others}, {name: anew[name] for name in others})
+    message = f"holds no decoder: the encoder begins from it, anew begin project1, project2, norm, decoder{left_out}"
+    assert [
+        record.message for record in caplog.records if message in record.message and record.message.endswith(message)
+    ]
+
+
+def test_what_stands_before_the_decoder_is_taken_from_a_file_that_has_it(
+    photos, tmp_path, same, small_pretraining, caplog
+):
+    state = convmae.create_autoencoder("tiny", image_size=32).state_dict()
+    half = {name: value for name, value in state.items() if not name.startswith("decoder.")}
+    torch.save(half, tmp_path / "half.pth")
+    run = small_pretraining(photos, tmp_path / "run", epochs=1, weights=tmp_path / "half.pth", optimizer=STILL)
+    found = load_file(run.checkpoint / "model.safetensors")
+    assert same({name: found[name] for name in half}, half)
+    assert "anew begin decoder" in caplog.text
+
+
+def test_weights_that_mean_something_else_are_refused_or_said(photos, tmp_path, small_pretraining, caplog):
+    model = convmae.create_autoencoder("tiny", image_size=32, num_heads=12, norm_pix=False)
+    weights.save_model(tmp_path / "other.safetensors", model)
+    with pytest.raises(
+        convmae.UserError, match="of a model with 12 attention heads, this one has 6: choose the --model"
+    ):
+        small_pretraining(photos, tmp_path / "run", weights=tmp_path / "other.safetensors")
+    assert not (tmp_path / "run").exists()
+    torch.save({"model": model.state_dict(), "args": {"norm_pix_loss": False}}, tmp_path / "other.pth")
+    small_pretraining(photos, tmp_path / "run", epochs=1, weights=tmp_path / "other.pth")
+    assert "was trained with norm_pix False, this run has True" in caplog.text
 
 
 def test_damaged_images_are_skipped_counted_and_listed(photos, tmp_path, capsys, small_pretraining):

@@ -314,6 +314,8 @@ def test_a_damaged_image_stops_and_skip_damaged_goes_on(
         ({"data": "no/such/folder"}, "no/such/folder does not exist"),
         ({"form": "published", "optimizer": LarsOptions(warmup_epochs=90)}, "warm-up of 90 epochs does not fit"),
         ({"form": "published", "checkpoint": CheckpointOptions(keep=0)}, "keep must be at least 1"),
+        ({"form": "published", "batch_size": 1}, "needs two images or more in each pass of a process: raise --batch"),
+        ({"form": "published", "batch_size": 4, "accumulate": 4}, "needs two images or more in each pass"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(overlapping, autoencoder_file, tmp_path, changes, message):

@@ -89,7 +89,7 @@ def test_mistakes_are_one_line(checkpoint, photos, tmp_path):
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
     out = tmp_path / "r.png"
     for call, message in (
-        (lambda: reconstruct(tmp_path / "c.safetensors", str(photos), out), "holds a classifier"),
+        (lambda: reconstruct(tmp_path / "c.safetensors", str(photos), out), "holds no decoder to reconstruct with"),
         (lambda: reconstruct(tmp_path / "nothing", str(photos), out), "no weights at"),
         (lambda: reconstruct(checkpoint, str(tmp_path / "nothing"), out), "does not exist"),
         (lambda: reconstruct(checkpoint, str(tmp_path / "broken"), out), "none of the images"),

@@ -213,3 +213,24 @@ def test_two_processes_train_one_model_and_resume_bit_for_bit(photos, tmp_path, 
         assert "2 x cpu" in run.stderr
     assert_same_run(tmp_path / "straight", tmp_path / "parts")
     assert len(read_state(tmp_path / "straight" / "checkpoints" / "step-00000012")["random_states"]) == 2
+
+
+def test_what_a_resumed_run_does_otherwise_is_said_and_kept(photos, tmp_path, capsys, small_pretraining):
+    small_pretraining(photos, tmp_path / "run", epochs=2)
+    capsys.readouterr()
+    small_pretraining(photos, tmp_path / "run", epochs=8, batch_size=6, resume=True)
+    said = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("changed since this run was stopped")
+    ]
+    kept = (tmp_path / "run" / "changes.txt").read_text().splitlines()
+    assert [line.split(": ", 1)[1] for line in said] == [line.split(": ", 1)[1] for line in kept]
+    assert {line.split(": ", 1)[0] for line in kept} == {"resumed at step 6"}
+    for part in (
+        "epochs was 2 before, is 8 now",
+        "batch_size was 4 before, is 6 now",
+        "was of 3 steps before, is of 2",
+    ):
+        assert any(part in line for line in said)
+    assert "the learning rate at step 4 was" in said[-1]
+    small_pretraining(photos, tmp_path / "run", epochs=8, batch_size=6, resume=True)  # as in the part before
+    assert "changed since" not in capsys.readouterr().err

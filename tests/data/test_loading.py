@@ -1,6 +1,9 @@
 """Batches for training and for judging: order, shares, resuming, damaged pictures, of collections and of streams."""
 
+import multiprocessing
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from convmae.data.augmentation import NO_AUGMENTATION, Augmentation, AugmentationOptions, CenterCrop
 from convmae.data.images import RandomCrop
@@ -529,3 +533,66 @@ def test_a_process_without_a_shard_says_so(tmp_path, encoded, plain):
     source = open_images(f"wds/{tmp_path}/shard-{{0000..0000}}.tar")
     with pytest.raises(UserError, match="use fewer processes or more shards"):
         list(training_loader(source, batch_size=1, num_replicas=2, rank=1))
+
+
+SCRIPT = """
+import multiprocessing
+from pathlib import Path
+
+import convmae
+from convmae.data.images import RandomCrop
+from convmae.data.loading import Loading, build_training_loader
+from convmae.data.sources import open_images
+
+print("begun", flush=True)
+{guard}
+    multiprocessing.set_start_method("spawn", force=True)  # as on macOS and Windows
+    loader = build_training_loader(open_images({folder!r}), RandomCrop((8, 8)), Loading(2, num_workers=1))
+    loader.set_position(0)
+    print(sum(len(batch["images"]) for batch in loader), "images")
+"""
+
+
+@pytest.mark.parametrize("guard", ["if True:", 'if __name__ == "__main__":'])
+def test_a_script_without_main_guard_ends_with_one_line(tmp_path, photographs, plain, guard):
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        plain(number).save(tmp_path / "images" / f"{number}.png")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(guard=guard, folder=str(tmp_path / "images")))
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=500)
+    lines = ended.stderr.splitlines()
+    assert ended.stdout.count("begun") == 2  # the loading process reads the script, too
+    assert "bootstrapping" not in ended.stderr
+    if guard == "if True:":
+        assert ended.returncode == 1
+        assert lines[-1].startswith("convmae.errors.UserError: a process that loads images has died (")
+        assert 'put what it does under `if __name__ == "__main__":`' in lines[-1]
+    else:
+        assert "4 images" in ended.stdout
+        assert ended.returncode == 0
+        assert not lines
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"),
+        BrokenPipeError("Broken pipe"),
+    ],
+)
+def test_a_loading_process_that_dies_is_told_in_one_line(numbered, monkeypatch, death):
+    """By torch's own words; a process that is killed in truth may bring the test's down."""
+
+    def dying(_):
+        raise death
+
+    monkeypatch.setattr(DataLoader, "__iter__", dying)
+    with pytest.raises(UserError, match=r"a process that loads images has died \(.*lower --engine\.workers") as error:
+        next(iter(training_loader(numbered)))
+    assert "\n" not in str(error.value)
+    assert ("__main__" in str(error.value)) is (multiprocessing.get_start_method() != "fork")
+    death = RuntimeError("Caught RuntimeError in DataLoader worker process 0.")
+    with pytest.raises(RuntimeError, match="Caught"):
+        next(iter(training_loader(numbered)))

@@ -6,7 +6,7 @@ import yaml
 
 from convmae import UserError
 from convmae.training.checkpoint import CheckpointFolder
-from convmae.training.folder import checkpoint_to_resume, keep_config, plain_settings
+from convmae.training.folder import checkpoint_to_resume, keep_config, plain_settings, read_config
 
 
 @dataclass(frozen=True)
@@ -58,3 +58,13 @@ def test_the_configuration_is_kept_and_changes_go_beside_it(tmp_path):
     keep_config(tmp_path, second, 7)
     assert list(yaml.safe_load((tmp_path / "config.yaml").read_text()).items()) == list(first.items())  # in this order
     assert yaml.safe_load((tmp_path / "config-from-step-00000007.yaml").read_text()) == second
+
+
+def test_the_last_part_s_configuration_is_what_a_run_goes_on_with(tmp_path):
+    assert read_config(tmp_path) == {}
+    for epochs, step in ((1, 0), (2, 7), (2, 9), (1, 12), (1, 12)):
+        keep_config(tmp_path, {"epochs": epochs}, step)
+        assert read_config(tmp_path) == {"epochs": epochs}
+    assert len(list(tmp_path.iterdir())) == 3  # the first, those from 7 and from 12 on
+    (tmp_path / "config-from-step-00000012.yaml").write_text("a: [")
+    assert read_config(tmp_path) == {}

@@ -1,8 +1,10 @@
 import json
 import math
+import sys
 
 import pytest
 
+from convmae import UserError
 from convmae.training.logging import LoggingOptions, RunLog, read_metrics
 
 
@@ -84,14 +86,43 @@ def test_without_a_terminal_there_are_lines_with_the_time_left(tmp_path, capsys)
     assert "epoch 1/2  step 2/4  loss 0.5000  lr 1.00e-01  3 images/s  0:00:00 left" in capsys.readouterr().err
 
 
-def test_wandb_missing_is_said_plainly(tmp_path):
-    pytest.importorskip("lightning")
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        from convmae import UserError
+@pytest.fixture
+def not_logged_in(monkeypatch, tmp_path):
+    """Weights & Biases, where nobody has logged in, which looks at the environment once."""
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()
+    for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
 
-        with pytest.raises(UserError, match=r"pip install 'convmae\[wandb\]'"):
-            RunLog(tmp_path, LoggingOptions(wandb="project"))
-    else:
-        pytest.skip("wandb is installed")
+
+def test_wandb_without_login_is_one_line_before_anything_is_written(tmp_path, not_logged_in):
+    for folder in (tmp_path / "new", tmp_path / "run"):
+        if folder.name == "run":
+            folder.mkdir()
+            (folder / "metrics.jsonl").touch()
+        with pytest.raises(UserError, match=r"log in with `wandb login`, .* WANDB_MODE=offline") as error:
+            RunLog(folder, LoggingOptions(wandb="project"))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_wandb_offline_needs_no_login(tmp_path, not_logged_in, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    import wandb
+
+    log = RunLog(tmp_path / "run", LoggingOptions(wandb="project"))
+    log.start(epochs=1, total_steps=1, step=0)
+    log.evaluation(1, 0, {"top1": 0.5})
+    log.finish()
+    wandb.finish()
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_wandb_missing_is_said_plainly(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # its import fails
+    with pytest.raises(UserError, match=r"pip install 'convmae\[wandb\]'"):
+        RunLog(tmp_path / "run", LoggingOptions(wandb="project"))
+    assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """`convmae pretrain`: a folder of images in, a pretrained encoder out."""
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from convmae.commands.options import flat_settings, spread
 from convmae.data.failures import DecodingFailures
 from convmae.data.images import RandomCrop
 from convmae.data.sources import open_images
+from convmae.errors import UserError
 from convmae.kinds import create_autoencoder
 from convmae.models.config import height_and_width
-from convmae.models.fitting import fit
+from convmae.models.fitting import fit_objective
+from convmae.objectives.masked import ConvMAE
 from convmae.tasks.pretraining import PretrainingJob
 from convmae.tasks.processes import process_loading
 from convmae.training.logging import PictureLoggingOptions, read_metrics
@@ -22,6 +25,8 @@ from convmae.training.optimizer import OptimizerOptions
 from convmae.training.options import EncoderRunOptions
 from convmae.training.run import Finished, Run, divide_batch
 from convmae.visualize import loss_curve
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ def pretrain(
         decode: gpu to decode plain JPEG files on a GPU with a JPEG engine (A100 and later), which frees the cores; not
             of shards and streams.
         split: split of a Hugging Face data set.
-        weights: start from the weights of this run, checkpoint or file, ours or published.
+        weights: start from the weights of this run, checkpoint, folder of save_pretrained or file, ours or published;
+            of a file without a decoder the encoder is taken and the decoder begins anew.
 
     Nothing judges a pretraining: a moving average of the weights is kept as the best model at the end.
 
@@ -111,7 +117,7 @@ def pretrain(
         dense=dense,
     )
     if weights is not None and run.checkpoint is None:
-        objective.load_state_dict(fit(weights_files.read(weights)[0], objective.state_dict()))
+        _begin(objective, weights)
     objective.encoder.set_grad_checkpointing(options.grad_checkpointing)
     source = open_images(data, split)
 
@@ -131,6 +137,25 @@ def pretrain(
         pictures_every_epochs=getattr(options.logging, "pictures_every_epochs", 0),
     )
     return _finish(run.train(fabric, job), job)
+
+
+def _begin(objective: ConvMAE, weights: Path) -> None:
+    """Fill the model from a file as far as that goes, and say what begins anew."""
+    state, facts = weights_files.read(weights)
+    known = weights_files.flat(facts)
+    config = objective.encoder.config
+    if known.get("num_heads", config.num_heads) != config.num_heads:  # which no tensor's shape would tell
+        raise UserError(
+            f"{weights} is of a model with {known['num_heads']} attention heads, this one has {config.num_heads}: "
+            "choose the --model that it is of"
+        )
+    fitting, anew, left_out = fit_objective(state, objective.state_dict())
+    objective.load_state_dict(fitting)
+    if anew:
+        said = f"; left out are its {', '.join(left_out)}" if left_out else ""
+        _log.warning("%s holds no decoder: the encoder begins from it, anew begin %s%s", weights, ", ".join(anew), said)
+    if known.get("norm_pix", objective.norm_pix) != objective.norm_pix:
+        _log.warning("%s was trained with norm_pix %s, this run has %s", weights, known["norm_pix"], objective.norm_pix)
 
 
 def _finish(finished: Finished, job: PretrainingJob) -> PretrainingResult:

@@ -30,7 +30,7 @@ from convmae.evaluation.neighbours import classify_by_neighbours
 from convmae.kinds import load_classifier
 from convmae.models.classifier import Classifier
 from convmae.tasks.classification.probe import ProbedEncoder, ProbeJob
-from convmae.tasks.processes import process_loading
+from convmae.tasks.processes import check_batch_statistics, process_loading
 from convmae.training.checkpoint import CheckpointOptions, replace_file
 from convmae.training.engine import DeviceOptions, start_engine
 from convmae.training.folder import plain_settings
@@ -175,6 +175,7 @@ def _published(
     probed = ProbedEncoder(network, len(training.classes))
     fabric = run.start()
     images_of_a_pass = divide_batch(options.batch_size, fabric.world_size, options.accumulate)
+    check_batch_statistics(images_of_a_pass)
     job = ProbeJob(
         fabric,
         probed,

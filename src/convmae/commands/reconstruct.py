@@ -65,7 +65,7 @@ def reconstruct(
         grid_of((image_size, image_size))
     model = load(weights)
     if not isinstance(model, ConvMAE):
-        raise UserError(f"{weights} holds a classifier, which has no decoder: pass a pretraining checkpoint")
+        raise UserError(f"{weights} holds no decoder to reconstruct with: pass a pretraining's run or weights")
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     rows: list[tuple[Tensor, Tensor, Tensor]] = []

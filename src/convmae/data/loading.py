@@ -6,6 +6,7 @@ W width.
 """
 
 import logging
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from convmae.data.images import UndecodableImageError, UnfitAnnotationError, und
 from convmae.data.sampler import ResumableSampler
 from convmae.data.samples import RandomTransform, Sample, Transform, collate
 from convmae.data.sources import ImageCollection, ImageStream
-from convmae.errors import UserError, check_positive
+from convmae.errors import UserError, check_positive, leave_if_started_again
 from convmae.seeds import mixed_seed
 
 T = TypeVar("T")
@@ -225,15 +226,31 @@ def _all_failed(source: ImageCollection | ImageStream, failed: list[str]) -> Use
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader whose workers' UserErrors arrive as they were raised."""
+    """A DataLoader whose workers' UserErrors arrive as they were raised, and their deaths as one."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        leave_if_started_again()
         try:
             yield from super().__iter__()
+        except (RuntimeError, OSError, EOFError) as error:
+            # One that dies while it is started leaves a broken pipe; torch tells of others, by their numbers.
+            if "DataLoader worker (pid" not in str(error) and not isinstance(error, BrokenPipeError | EOFError):
+                raise
+            raise UserError(_deaths(error)) from error
         except UserError as error:
             # A worker's error arrives as a whole traceback, of which the last line is the message.
             message = str(error).strip().splitlines()[-1].removeprefix("convmae.errors.UserError: ")
             raise UserError(message) from error
+
+
+def _deaths(error: Exception) -> str:
+    guard = ""
+    if multiprocessing.get_start_method() != "fork":
+        guard = (
+            'in a Python script, put what it does under `if __name__ == "__main__":`, which such processes need; else '
+        )
+    reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return f"a process that loads images has died ({reason}): {guard}the memory may be full: lower --engine.workers"
 
 
 class TrainingLoader(ImageLoader):

@@ -30,8 +30,8 @@ class EncoderConfig:
     """Blocks of the three stages."""
     num_heads: int = 12
     """Attention heads of the transformer."""
-    mlp_ratio: float = 4.0
-    """Hidden channels of each MLP over the channels that it is given."""
+    mlp_ratio: float | tuple[float, ...] = 4.0
+    """Hidden channels of each MLP over the channels that it is given: one number, or one for each of the stages."""
     kernel_size: int = 5
     """Of the depthwise convolutions, odd."""
 
@@ -39,6 +39,11 @@ class EncoderConfig:
         object.__setattr__(self, "image_size", height_and_width(self.image_size))
         object.__setattr__(self, "widths", tuple(self.widths))
         object.__setattr__(self, "depths", tuple(self.depths))
+        if not isinstance(self.mlp_ratio, int | float):
+            ratios = tuple(self.mlp_ratio)
+            if len(ratios) != len(self.widths):
+                raise UserError(f"mlp_ratio {ratios} has no number for each of the 3 stages: give one number, or three")
+            object.__setattr__(self, "mlp_ratio", ratios if len(set(ratios)) > 1 else ratios[0])
         if self.kernel_size % 2 == 0 or self.kernel_size < 1:
             raise UserError(f"kernel size {self.kernel_size} is not odd: choose 3, 5, 7 or 9")
         if self.widths[2] % self.num_heads:
@@ -49,6 +54,11 @@ class EncoderConfig:
     def grid(self) -> Grid:
         """Tokens along height and width."""
         return grid_of(self.image_size)
+
+    @property
+    def mlp_ratios(self) -> tuple[float, ...]:
+        """Hidden channels of each MLP over its own, by stage."""
+        return (self.mlp_ratio,) * len(self.widths) if isinstance(self.mlp_ratio, int | float) else self.mlp_ratio
 
     @property
     def settings(self) -> dict[str, Any]:

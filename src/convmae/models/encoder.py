@@ -160,16 +160,15 @@ class ConvViT(nn.Module, HubEncoder):
         self.downsample3 = Downsample(widths[1], widths[2], 2)
         self.projection = Linear(widths[2], widths[2])
         self.pos_embed = nn.Parameter(sincos_pos_embed(config.grid, widths[2]), requires_grad=False)
-        conv_block = partial(
-            ConvBlock, kernel_size=config.kernel_size, mlp_ratio=config.mlp_ratio, norm_eps=conv_norm_eps
-        )
-        self.stage1 = nn.ModuleList(conv_block(widths[0], drop_path=rate) for rate in rates1)
-        self.stage2 = nn.ModuleList(conv_block(widths[1], drop_path=rate) for rate in rates2)
+        ratios = config.mlp_ratios
+        conv_block = partial(ConvBlock, kernel_size=config.kernel_size, norm_eps=conv_norm_eps)
+        self.stage1 = nn.ModuleList(conv_block(widths[0], mlp_ratio=ratios[0], drop_path=rate) for rate in rates1)
+        self.stage2 = nn.ModuleList(conv_block(widths[1], mlp_ratio=ratios[1], drop_path=rate) for rate in rates2)
         self.attention = attention
         self.window_positions: RelativePositionTable | None = None
         self.global_positions: RelativePositionTable | None = None
         if attention is None:
-            block = partial(TransformerBlock, widths[2], config.num_heads, config.mlp_ratio)
+            block = partial(TransformerBlock, widths[2], config.num_heads, ratios[2])
             self.stage3 = nn.ModuleList(block(rate) for rate in rates3)
         else:
             self._attend_on_maps(attention, rates3)
@@ -306,7 +305,7 @@ class ConvViT(nn.Module, HubEncoder):
 
     def _attend_on_maps(self, attention: AttentionOnMaps, rates: Sequence[float]) -> None:
         """Make the transformer of the downstream forms."""
-        width, num_heads, mlp_ratio = self.config.widths[2], self.config.num_heads, self.config.mlp_ratio
+        width, num_heads, mlp_ratio = self.config.widths[2], self.config.num_heads, self.config.mlp_ratios[2]
         window = (attention.window, attention.window)
         whole = sum(number in attention.global_blocks for number in range(len(rates)))
         if attention.positions == "shared" and whole < len(rates):

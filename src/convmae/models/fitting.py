@@ -41,6 +41,29 @@ def fit_encoder(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> Sta
     return {name.removeprefix(prefix): value for name, value in fitting.items()}
 
 
+def fit_objective(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> tuple[StateDict, list[str], list[str]]:
+    """The tensors of any weights, under our names, to begin a pretraining of a model whose own state dict is `model`.
+
+    Of weights with a decoder that is all of them. Of others it is the encoder, and what stands between it and the
+    decoder where the file has just these; relative positions and layer scale as in `fit_encoder`. Returns the parts of
+    the model that stay its own and those of the file that are left out, too. Raises UserError that names the first
+    tensor that does not fit.
+    """
+    own, given = _parts(model), _parts(state)
+    if "decoder" in given or own.keys() <= given.keys():
+        return fit(state, model), [], []
+    taken = list(given) if given.keys() == own.keys() - {"decoder"} else ["encoder"]
+    plain = {name: value for name, value in without_downstream(state).items() if name.split(".")[0] in taken}
+    kept = {name: value for name, value in model.items() if name.split(".")[0] not in taken}
+    anew, left_out = ([part for part in parts if part not in taken] for parts in (own, given))
+    return fit({**kept, **plain}, model), anew, left_out
+
+
+def _parts(state: Mapping[str, Tensor]) -> dict[str, None]:
+    """The parts to which its tensors belong, in their order."""
+    return dict.fromkeys(name.split(".")[0] for name in state)
+
+
 def fit_downstream(
     state: Mapping[str, Tensor],
     model: Mapping[str, Tensor],

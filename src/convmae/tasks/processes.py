@@ -13,6 +13,7 @@ from torch import nn
 
 from convmae.data.loading import Loading
 from convmae.data.scenes import write_scenes
+from convmae.errors import UserError
 from convmae.training.engine import DeviceOptions, loader_workers
 
 T = TypeVar("T")
@@ -44,6 +45,18 @@ def demo_scenes(
 def shares_batch_statistics(fabric: Fabric) -> bool:
     """Whether batch normalisation sees the images of all processes; without GPUs torch's would not run."""
     return fabric.world_size > 1 and fabric.device.type == "cuda"
+
+
+def check_batch_statistics(images_of_a_pass: int, shared: bool = False) -> None:
+    """Raise UserError for passes of one image, whose statistics batch normalisation cannot take.
+
+    shared: whether it sees the images of all processes.
+    """
+    if images_of_a_pass < 2 and not shared:
+        raise UserError(
+            "batch normalisation needs two images or more in each pass of a process: raise --batch-size, or lower "
+            "--accumulate"
+        )
 
 
 def share_batch_statistics(fabric: Fabric, network: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from convmae.errors import UserError, check_choice
+from convmae.errors import UserError, check_choice, leave_if_started_again
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class EngineOptions(DeviceOptions):
 
 def start_engine(options: DeviceOptions) -> Fabric:
     """Make and launch a Fabric. Raises UserError if the machine lacks the asked devices."""
+    leave_if_started_again()
     check_choice("precision", options.precision, ("auto", "bf16", "float32"))
     devices, num_nodes = _processes(options)
     if options.accelerator == "cuda" and not torch.cuda.is_available():

@@ -43,9 +43,26 @@ def plain_settings(value: Any) -> Any:
 
 
 def keep_config(folder: Path, settings: dict[str, Any], step: int) -> None:
-    """Write the resolved settings; a resumed run that changes them leaves the old file and writes beside it."""
+    """Write the resolved settings; a resumed run that changes them leaves the old files and writes beside them."""
     text = yaml.safe_dump(settings, sort_keys=False)
-    path = folder / CONFIG_FILE
-    if path.exists() and path.read_text() != text:
-        path = path.with_name(f"config-from-step-{step:08d}.yaml")
+    path = _newest_config(folder)
+    if path is None:
+        path = folder / CONFIG_FILE
+    elif path.read_text() != text:
+        path = folder / f"config-from-step-{step:08d}.yaml"
     path.write_text(text)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of the last part of a run; none where there is no run, or its file was changed by hand."""
+    path = _newest_config(folder)
+    try:
+        settings = None if path is None else yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    return settings if isinstance(settings, dict) else {}
+
+
+def _newest_config(folder: Path) -> Path | None:
+    first = folder / CONFIG_FILE
+    return max(folder.glob("config-from-step-*.yaml"), default=first if first.exists() else None)

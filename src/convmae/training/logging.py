@@ -1,5 +1,6 @@
 """What a run tells while it goes: progress bar, `metrics.jsonl`, TensorBoard, and Weights & Biases by flag."""
 
+import contextlib
 import json
 import math
 import sys
@@ -57,9 +58,14 @@ class RunLog:
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
         if options.wandb is not None:
-            self._loggers.append(_wandb(options.wandb, folder))
+            try:
+                self._loggers.append(_wandb(options.wandb, folder))
+            except UserError:
+                with contextlib.suppress(OSError):  # of a run before: it stays
+                    folder.rmdir()
+                raise
+        self._loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
 
     def start(self, epochs: int, total_steps: int, step: int, unit: str = "images") -> None:
         """Show the progress bar from `step` on. unit: what a batch holds, in the plural, of which the speed is told."""
@@ -157,12 +163,23 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def _wandb(project: str, folder: Path):
+    """A logger whose run has begun; Lightning's own would begin it at the first figures, and fail there."""
     try:
+        import wandb
         from lightning.pytorch.loggers import WandbLogger
 
-        return WandbLogger(project=project, save_dir=folder)
+        logger = WandbLogger(project=project, save_dir=folder)
     except (ImportError, ModuleNotFoundError) as error:
         raise UserError("Weights & Biases is not installed: pip install 'convmae[wandb]'") from error
+    try:
+        logger.experiment  # noqa: B018 (which begins it)
+    except wandb.Error as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"Weights & Biases cannot begin a run ({reason}): log in with `wandb login`, keep its files on this "
+            "machine with WANDB_MODE=offline, or leave --logging.wandb out"
+        ) from error
+    return logger
 
 
 def _clock(seconds: float) -> str:

@@ -17,6 +17,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from convmae.errors import UserError
+from convmae.training.changes import resumed_step
 from convmae.training.checkpoint import CheckpointFolder
 from convmae.training.logging import RunLog
 
@@ -34,6 +35,7 @@ class Plan:
     checkpoint_every_epochs: int = 10
     max_skipped: int = 20  # steps in a row whose gradient is not finite, before the run stops
     unit: str = "images"  # what a batch holds, in the plural
+    contents: str = ""  # how much the data hold, which a resumed run compares
 
 
 @dataclass
@@ -96,7 +98,7 @@ def train(
 
     def save() -> Path | None:
         position.skipped = skipping.total(restored)
-        state = _state(fabric, optimizer, schedule, position, plan.steps_per_epoch)
+        state = _state(fabric, optimizer, schedule, position, plan)
         path = checkpoints.save(position.step, state, write_model) if fabric.is_global_zero else None
         fabric.barrier()
         return path
@@ -252,7 +254,7 @@ def _agreed(fabric: Fabric, stop: StopSignal, at_log: bool) -> int:
 
 
 def _state(
-    fabric: Fabric, optimizer: _FabricOptimizer, schedule: Scheduler, position: Position, steps_per_epoch: int
+    fabric: Fabric, optimizer: _FabricOptimizer, schedule: Scheduler, position: Position, plan: Plan
 ) -> dict[str, Any]:
     """The training state of all processes; every process must call this."""
     mine = {"cpu": torch.get_rng_state()}
@@ -264,7 +266,8 @@ def _state(
         torch.distributed.all_gather_object(states, mine)
     return {
         "step": position.step,
-        "steps_per_epoch": steps_per_epoch,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "contents": plan.contents,
         "skipped": position.skipped,
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
@@ -281,7 +284,4 @@ def _restore(fabric: Fabric, optimizer: _FabricOptimizer, state: dict[str, Any],
         torch.set_rng_state(mine["cpu"])
         if "cuda" in mine and fabric.device.type == "cuda":
             torch.cuda.set_rng_state(mine["cuda"], fabric.device)
-    step = state["step"]
-    if state["steps_per_epoch"] != steps_per_epoch:  # more images, or another batch: begin the same epoch again
-        step = step // state["steps_per_epoch"] * steps_per_epoch
-    return Position(step, state["skipped"])
+    return Position(resumed_step(state, steps_per_epoch), state["skipped"])

@@ -19,12 +19,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from convmae import weights
-from convmae.errors import UserError
+from convmae.errors import UserError, leave_if_started_again
 from convmae.findings import REPORT_FILE, Findings, report, told
 from convmae.seeds import mixed_seed
+from convmae.training.changes import CHANGES_FILE, changed_course, changed_settings
 from convmae.training.checkpoint import CheckpointFolder, read_state, replace_file
 from convmae.training.engine import start_engine
-from convmae.training.folder import checkpoint_to_resume, keep_config
+from convmae.training.folder import checkpoint_to_resume, keep_config, read_config
 from convmae.training.logging import RunLog, read_metrics
 from convmae.training.loop import Plan, Position, describe_run, train
 from convmae.training.optimizer import OptimizerOptions, build_optimizer, build_schedule
@@ -147,6 +148,7 @@ class Run:
 
         Raises UserError where the folder holds a run that may not go on, see `checkpoint_to_resume`.
         """
+        leave_if_started_again()
         self.options, self._settings = options, settings
         self.folder = options.output
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", options.checkpoint.keep)
@@ -174,11 +176,16 @@ class Run:
         judged = job.network if average is None else cast(N, average.module)
         torch.manual_seed(mixed_seed(options.seed, fabric.global_rank))  # what is drawn differs between processes
 
+        changes: list[str] = []
+        if restored is not None:
+            changes = changed_settings(read_config(self.folder), self._settings)
+            changes += changed_course(restored, plan.steps_per_epoch, job.contents, fabric.world_size, schedule)
         fabric.barrier()  # all have looked at the run's folder before one writes to it
         log = RunLog(self.folder, options.logging, active=fabric.is_global_zero)
         if fabric.is_global_zero:
             keep_config(self.folder, self._settings, restored["step"] if restored else 0)
         log.say(self._first_line(job, plan, fabric, restored))
+        self._tell_changes(log, changes, restored)
         self._tell(log, job.findings)
         best = _Best(fabric, job, judged, self.folder, restored)
 
@@ -247,6 +254,14 @@ class Run:
             replace_file(path, lambda path: path.write_text(report(findings), encoding="utf-8"))
             log.say(f"all that was found in the data is listed in {path}")
 
+    def _tell_changes(self, log: RunLog, changes: list[str], restored: dict[str, Any] | None) -> None:
+        """Say what a resumed run does otherwise than before, and keep it in the run's folder."""
+        for change in changes:
+            log.say(f"changed since this run was stopped: {change}", style="yellow")
+        if changes and restored and log.active:
+            with (self.folder / CHANGES_FILE).open("a", encoding="utf-8") as file:
+                file.writelines(f"resumed at step {restored['step']}: {change}\n" for change in changes)
+
     def _restore(self, job: Job) -> dict[str, Any] | None:
         """Fill the network from the checkpoint to go on from, whose training state is returned."""
         if self.checkpoint is None:
@@ -272,6 +287,7 @@ class Run:
             checkpoint_every_epochs=options.checkpoint.every_epochs,
             max_skipped=options.max_skipped,
             unit=job.unit,
+            contents=job.contents,
         )
 
     def _average(self, job: Job) -> ModelEmaV3 | None:

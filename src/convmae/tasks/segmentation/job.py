@@ -14,7 +14,7 @@ from convmae.data.segmentation import RandomScaleCrop
 from convmae.errors import UserError
 from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.models.segmenter import SegmentationLosses, Segmenter
-from convmae.tasks.processes import share_batch_statistics, shares_batch_statistics
+from convmae.tasks.processes import check_batch_statistics, share_batch_statistics, shares_batch_statistics
 from convmae.tasks.segmentation.judge import Judge
 from convmae.tasks.segmentation.views import Inference
 from convmae.training.run import Job
@@ -55,11 +55,7 @@ class SegmentationJob(Job[Segmenter, SegmentationQuality]):
         origin: where the weights come from, for the run's first line. folder: the run's. Raises UserError for passes of
         one image, which have no batch statistics.
         """
-        if loading.batch_size < 2 and not shares_batch_statistics(fabric):
-            raise UserError(
-                "batch normalisation needs two images or more in each pass of a process: raise --batch-size, or lower "
-                "--accumulate"
-            )
+        check_batch_statistics(loading.batch_size, shared=shares_batch_statistics(fabric))
         share_batch_statistics(fabric, network)
         self.network, self.module = network, SegmenterTraining(network)
         self.origin, self.data = origin, training.name
