@@ -8,13 +8,15 @@ from typing import Literal
 import torch
 
 from convmae import weights as weights_files
-from convmae.commands.options import flat_settings, spread
+from convmae.commands.options import PixelOptions, flat_settings, spread
+from convmae.commands.pixels import settle_pixels
 from convmae.data.failures import DecodingFailures
 from convmae.data.images import RandomCrop
 from convmae.data.sources import open_images
 from convmae.kinds import create_autoencoder
 from convmae.models.config import height_and_width
 from convmae.models.fitting import fit
+from convmae.pixels import Pixels
 from convmae.tasks.pretraining import PretrainingJob
 from convmae.tasks.processes import process_loading
 from convmae.training.logging import PictureLoggingOptions, read_metrics
@@ -39,7 +41,7 @@ class PretrainingResult:
     steps: int
 
 
-@spread("options")
+@spread("options", "pixels")
 def pretrain(
     data: str,
     model: str = "base",
@@ -65,6 +67,7 @@ def pretrain(
     decode: Literal["cpu", "gpu"] = "cpu",
     split: str = "train",
     weights: Path | None = None,
+    pixels: PixelOptions = PixelOptions(),
 ) -> PretrainingResult:
     """Pretrain a ConvMAE on unlabelled images; the paper's batches are of 2048.
 
@@ -72,7 +75,7 @@ def pretrain(
         data: a folder with images at any depth; wds/FOLDER/shards-{0000..0099}.tar; hfds/NAME or hfids/NAME; or demo.
         model: size: tiny, small, base, large or huge.
         image_size: pixels, one number or [height, width], multiples of 16.
-        in_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        in_channels: 1 (grey), 3 (RGB), 4 (RGBA), or the number of bands of multi-band TIFF and .npy files.
         kernel_size: of the depthwise convolutions, odd.
         multi_scale: fuse stages 1 and 2 into the latent (multi-scale decoder).
         norm_pix: predict pixels normalised by their patch's mean and variance.
@@ -87,7 +90,8 @@ def pretrain(
         decode: gpu to decode plain JPEG files on a GPU with a JPEG engine (A100 and later), which frees the cores; not
             of shards and streams.
         split: split of a Hugging Face data set.
-        weights: start from the weights of this run, checkpoint or file, ours or published.
+        weights: start from the weights of this run, checkpoint or file, ours or published; for another number of
+            channels the first layer is adapted, and the one that predicts pixels begins anew.
 
     Nothing judges a pretraining: a moving average of the weights is kept as the best model at the end.
 
@@ -111,9 +115,14 @@ def pretrain(
         dense=dense,
     )
     if weights is not None and run.checkpoint is None:
-        objective.load_state_dict(fit(weights_files.read(weights)[0], objective.state_dict()))
+        state, facts = weights_files.read(weights)
+        objective.load_state_dict(fit(state, objective.state_dict()))
+        told = weights_files.flat(facts)
+        if told.get("in_channels") == in_channels:
+            objective.encoder.use_pixels(Pixels.of(told.get("pixels")))
     objective.encoder.set_grad_checkpointing(options.grad_checkpointing)
     source = open_images(data, split)
+    decoding = settle_pixels(objective, pixels, [source], run)
 
     fabric = run.start()
     images_of_a_pass = divide_batch(options.batch_size, fabric.world_size, options.accumulate)
@@ -121,7 +130,7 @@ def pretrain(
         fabric,
         objective,
         source,
-        RandomCrop(size, in_channels, crop_scale),
+        RandomCrop(size, decoding, crop_scale),
         process_loading(fabric, options.engine, images_of_a_pass, skip_damaged=True),
         origin=f"convmae {model}",
         folder=options.output,
