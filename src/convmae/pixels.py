@@ -73,9 +73,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.channels < 1:
-            raise UserError(
-                f"images have 1 (grey), 3 (RGB), 4 (RGBA) or other numbers of channels: not {self.channels}"
-            )
+            raise UserError(f"images have at least one channel: in_channels cannot be {self.channels}")
         check_choice("background", self.background, tuple(BACKGROUNDS))
         _check_range(self.pixel_range)
         if self.max_pixels is not None and self.max_pixels < 1:

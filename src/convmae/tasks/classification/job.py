@@ -58,7 +58,8 @@ class ClassificationJob(Job[N, Accuracy]):
         """network: what is trained; encoder: the classifier that it is or has, which tells how images are prepared.
 
         origin, data: where weights and images come from, for the run's first line. folder: the run's. aug_repeats: how
-        many of a batch's images are crops of one. decoding: by default as the encoder says. Raises UserError for an odd batch with mixup or cutmix.
+        many of a batch's images are crops of one. decoding: by default as the encoder says. Raises UserError for an odd
+        batch with mixup or cutmix.
         """
         if (augmentation.mixup or augmentation.cutmix) and loading.batch_size % 2:
             raise UserError(
