@@ -20,7 +20,7 @@ from convmae.commands.frozen import (
     report_damaged,
 )
 from convmae.commands.options import BatchOptions, CropOptions, LimitOptions, spread
-from convmae.data.images import UndecodableImageError, open_image, undecodable_if_damaged
+from convmae.data.images import UndecodableImageError, open_image, own_limit, undecodable_if_damaged
 from convmae.data.sources import ImageCollection, open_files
 from convmae.errors import UserError
 from convmae.evaluation.feature_files import SUFFIXES, Features, read_features
@@ -167,7 +167,8 @@ def _thumbnail(source: ImageCollection, number: int, decoding: Decoding) -> Tens
     if isinstance(image, Tensor):
         side = min(image.shape[1:])
         return resize(center_crop(image, [side, side]), [_THUMBNAIL, _THUMBNAIL]) / 255
-    return pil_to_tensor(ImageOps.fit(image, (_THUMBNAIL, _THUMBNAIL))) / 255
+    with own_limit(decoding):
+        return pil_to_tensor(ImageOps.fit(image, (_THUMBNAIL, _THUMBNAIL))) / 255
 
 
 def _show(found: list[Neighbours]) -> None:

@@ -15,7 +15,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from convmae.data.images import RandomCrop, open_image, without_ends
+from convmae.data.images import RandomCrop, open_image, own_limit, without_ends
 from convmae.data.samples import Sample, labelled
 from convmae.errors import UserError
 from convmae.pixels import Decoding
@@ -103,7 +103,7 @@ class Augmentation:
             return [labelled(view, label) for view in self._crop.views(image, seeds)]
         samples = []
         for seed in seeds:
-            with seeded(seed):
+            with seeded(seed), own_limit(self._decoding):
                 pixels = self._transform(image)
             samples.append(labelled(_grey(pixels) if grey else pixels, label))
         return samples
@@ -126,10 +126,11 @@ class CenterCrop:
         """
         image = open_image(file, self._decoding)
         height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
-        if max(height, width) > self._longest * min(height, width):  # resized, the ends alone may be gigabytes
-            image = functional.crop(image, *without_ends(height, width, self._longest))
-        for part in self._resizing:
-            image = part(image)
+        with own_limit(self._decoding):
+            if max(height, width) > self._longest * min(height, width):  # resized, the ends alone may be gigabytes
+                image = functional.crop(image, *without_ends(height, width, self._longest))
+            for part in self._resizing:
+                image = part(image)
         return labelled(image if isinstance(image, Tensor) else self._to_tensor(image), label)
 
 

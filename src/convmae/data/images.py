@@ -208,23 +208,29 @@ def _is_upright(image: Image.Image) -> bool:
 
 
 @contextmanager
-def opened(file: BinaryIO, decoding: Decoding) -> Iterator[Image.Image]:
-    """An encoded image that is open and not decoded yet; raises what Pillow does, and for too many pixels ValueError.
-
-    Its limit of pixels holds inside, whatever Pillow's is, which is the process's.
-    """
+def own_limit(decoding: Decoding) -> Iterator[None]:
+    """Inside, Pillow's limit of pixels, which is the process's and holds for crops too, gives way to a decoding's."""
     before = Image.MAX_IMAGE_PIXELS
     if decoding.max_pixels is not None:
         Image.MAX_IMAGE_PIXELS = None
     try:
-        with Image.open(file) as image:
-            if decoding.max_pixels is not None:
-                check_size(image.height, image.width, decoding)
-            if not decoding.of_colours:
-                raise wrong_bands(len(image.getbands()), decoding, f"channels ({image.mode})")
-            yield image
+        yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
+
+
+@contextmanager
+def opened(file: BinaryIO, decoding: Decoding) -> Iterator[Image.Image]:
+    """An encoded image that is open and not decoded yet; raises what Pillow does, and for too many pixels ValueError.
+
+    The decoding's limit of pixels holds inside.
+    """
+    with own_limit(decoding), Image.open(file) as image:
+        if decoding.max_pixels is not None:
+            check_size(image.height, image.width, decoding)
+        if not decoding.of_colours:
+            raise wrong_bands(len(image.getbands()), decoding, f"channels ({image.mode})")
+        yield image
 
 
 def open_image(file: BinaryIO, decoding: Decoding | int = 3) -> Image.Image | Tensor:
