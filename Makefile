@@ -12,7 +12,7 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 DEMO = runs/$@-$(NOW)
 
 # Extras that the tests need.
-EXTRAS := demo,shards,hub,tfds,parquet,export,wandb,detection,test,lint
+EXTRAS := demo,shards,hub,tfds,parquet,export,bands,wandb,detection,test,lint
 
 .PHONY: demo demo-detect demo-segment types test test-lowest bench clean
 

@@ -239,7 +239,8 @@ def _poisoned(tmp_path):
         ({"optimizer": OptimizerOptions(warmup_epochs=9)}, "warm-up of 9 epochs does not fit a run of 3"),
         ({"checkpoint": CheckpointOptions(keep=0)}, "keep must be at least 1"),
         ({"logging": PictureLoggingOptions(every_steps=0)}, "logging_every_steps"),
-        ({"in_channels": 2}, "channels"),
+        ({"in_channels": 2}, r"it has 3 channels \(RGB\), the model takes 2: set --in-channels, or convert the file"),
+        ({"decode": "gpu", "in_channels": 5}, "it has 3 channels"),
         ({"weights": Path("nothing.pth")}, "no weights at nothing.pth"),
     ],
 )

@@ -24,6 +24,7 @@ from convmae.data.augmentation import (
 from convmae.data.labelled import open_labelled_images
 from convmae.data.loading import EvaluationImages, TrainingImages
 from convmae.errors import UserError
+from convmae.pixels import Decoding
 
 WHOLE = replace(NO_AUGMENTATION, crop_scale=(1.0, 1.0), flip=0.0)  # a square picture as it is, resized
 
@@ -52,8 +53,8 @@ def source_of(folder, pictures):
     return open_labelled_images(folder, "train")
 
 
-def training_images(source, options=NO_AUGMENTATION, size=(8, 8), in_channels=3, **others):
-    return TrainingImages(source, Augmentation(size, in_channels, options), **others)
+def training_images(source, options=NO_AUGMENTATION, size=(8, 8), decoding=3, **others):
+    return TrainingImages(source, Augmentation(size, decoding, options), **others)
 
 
 def random_states():
@@ -125,13 +126,16 @@ def test_grey_and_transparent_training_images(tmp_path):
     picture = photograph(40, 40, "RGBA")
     source = source_of(tmp_path, [picture])
     small = partial(Image.Image.resize, size=(8, 8), resample=Image.Resampling.BICUBIC)
-    grey = training_images(source, WHOLE, in_channels=1)[0, 0][0]["image"]
-    assert grey.shape == (1, 8, 8)
-    expected = pil_to_tensor(small(picture.convert("RGB")).convert("L"))
-    assert (grey.int() - expected.int()).abs().max() <= 1
-    transparent = training_images(source, WHOLE, in_channels=4)[0, 0][0]["image"]
+    seen = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    for background, shown in (("white", seen), ("none", picture)):
+        decoding = Decoding(1, background)
+        grey = training_images(source, WHOLE, decoding)[0, 0][0]["image"]
+        assert grey.shape == (1, 8, 8)
+        expected = pil_to_tensor(small(shown.convert("RGB")).convert("L"))
+        assert (grey.int() - expected.int()).abs().max() <= 1
+    transparent = training_images(source, WHOLE, 4)[0, 0][0]["image"]
     assert torch.equal(transparent, pil_to_tensor(small(picture)))
-    varied = training_images(source, AugmentationOptions(), in_channels=1)
+    varied = training_images(source, AugmentationOptions(), 1)
     assert {varied[epoch, 0][0]["image"].shape for epoch in range(8)} == {(1, 8, 8)}
 
 
@@ -144,11 +148,11 @@ def test_impossible_options_are_refused(photographs):
         with pytest.raises(UserError, match=f"unknown policy auto_augment '{policy}'"):
             training_images(photographs, replace(usual, auto_augment=policy))
     with pytest.raises(UserError, match=r"--augmentation\.auto_augment null"):
-        training_images(photographs, usual, in_channels=4)
-    with pytest.raises(UserError, match="in_channels cannot be 2"):
-        training_images(photographs, in_channels=2)
-    with pytest.raises(UserError, match="in_channels cannot be 2"):
-        CenterCrop((8, 8), in_channels=2)
+        training_images(photographs, usual, 4)
+    with pytest.raises(UserError, match="in_channels cannot be 0"):
+        training_images(photographs, decoding=0)
+    with pytest.raises(UserError, match="in_channels cannot be 0"):
+        CenterCrop((8, 8), decoding=0)
     for others in ({"color_jitter": -0.1}, {"flip": 1.5}):
         with pytest.raises(UserError, match="color_jitter and flip"):
             training_images(photographs, replace(NO_AUGMENTATION, **others))

@@ -125,7 +125,7 @@ def test_a_smaller_mask_takes_the_pixels_in_the_middle(noise, sample_of):
 def test_objects_stay_where_their_pixels_are(sample_of, size, image_size, scale, seed):
     masks = blobs(size, 3, seed)
     annotation = annotated(masks)
-    jitter = LargeScaleJitter(image_size, scale, in_channels=1)
+    jitter = LargeScaleJitter(image_size, scale, decoding=1)
     empty = sample_of(jitter, numpy.zeros(size, numpy.uint8), annotation, seed)["image"][0] == 0  # without the padding
     found = None
     for label, mask in enumerate(masks, 1):
@@ -219,7 +219,7 @@ def test_objects_that_vanish_are_left_out(noise, sample_of):
 
 @pytest.mark.parametrize(("in_channels", "colour"), [(1, [127]), (3, [124, 116, 104]), (4, [127] * 4)])
 def test_padding_is_at_the_right_and_the_bottom(in_channels, colour, noise, sample_of):
-    jitter = LargeScaleJitter((20, 20), (0.5, 0.5), flip=0.0, in_channels=in_channels)
+    jitter = LargeScaleJitter((20, 20), (0.5, 0.5), flip=0.0, decoding=in_channels)
     sample = sample_of(jitter, noise((40, 30)), annotated([rectangle(0, 0, 30, 40, (40, 30))]))
     outside = torch.ones(20, 20, dtype=torch.bool)
     outside[:10, :8] = False  # 40x30 fits as 20x15, of which a half
@@ -232,8 +232,8 @@ def test_impossible_jitter_is_refused():
     for options in ({"image_size": (0, 8)}, {"scale": (0.0, 1.0)}, {"scale": (2.0, 1.0)}, {"flip": 1.5}):
         with pytest.raises(UserError, match="jitter needs a positive size, 0 < scale, and flip from 0 to 1"):
             LargeScaleJitter(**{"image_size": (8, 8), **options})
-    with pytest.raises(UserError, match="in_channels cannot be 2"):
-        LargeScaleJitter((8, 8), in_channels=2)
+    with pytest.raises(UserError, match="in_channels cannot be 0"):
+        LargeScaleJitter((8, 8), decoding=0)
     with pytest.raises(UserError, match="positive size"):
         ResizeAndPad((8, 0))
 

@@ -1,17 +1,22 @@
 """Decoding and random crops, on small files written for the purpose."""
 
 import io
+import math
+import zlib
 
 import numpy
 import pytest
 import simplejpeg
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.v2 import functional
 
-from convmae.data.images import RandomCrop, UndecodableImageError
+from convmae.data.images import RandomCrop, UndecodableImageError, decode_image, without_ends
 from convmae.errors import UserError
+from convmae.pixels import Decoding
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -33,8 +38,8 @@ def photograph(width, height):
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def crop_of(data, image_size=(8, 8), in_channels=3, scale=(1.0, 1.0)):
-    (sample,) = RandomCrop(image_size, in_channels, scale)(io.BytesIO(data), None, [0])
+def crop_of(data, image_size=(8, 8), decoding=3, scale=(1.0, 1.0)):
+    (sample,) = RandomCrop(image_size, decoding, scale)(io.BytesIO(data), None, [0])
     return sample["image"]
 
 
@@ -166,11 +171,95 @@ def _animation(image_format, **options):
 @pytest.mark.filterwarnings("error")
 def test_every_common_kind_of_file(data, expected):
     colours = torch.tensor(expected, dtype=torch.float)
-    grey = (colours[:3] * torch.tensor([0.299, 0.587, 0.114])).sum()  # ITU-R BT.601 luma
-    for in_channels, wanted in ((1, grey[None]), (3, colours[:3]), (4, colours)):
-        pixels = crop_of(data, in_channels=in_channels).float()
-        assert pixels.shape == (in_channels, 8, 8)
-        torch.testing.assert_close(pixels.mean((1, 2)), wanted, atol=2, rtol=0)
+    opacity = colours[3] / 255
+    luma = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
+    for background, behind in (("white", 255), ("black", 0), ("grey", 128), ("none", None)):
+        seen = colours[:3] if behind is None else opacity * colours[:3] + (1 - opacity) * behind
+        for channels, wanted in ((1, (seen * luma).sum()[None]), (3, seen), (4, colours)):
+            pixels = crop_of(data, decoding=Decoding(channels, background)).float()
+            assert pixels.shape == (channels, 8, 8)
+            torch.testing.assert_close(pixels.mean((1, 2)), wanted, atol=2, rtol=0)
+            whole = decode_image(io.BytesIO(data), Decoding(channels, background)).float()
+            assert whole.shape == (channels, 20, 20)
+            torch.testing.assert_close(whole.mean((1, 2)), wanted, atol=2, rtol=0)
+
+
+def _half_seen(mode):
+    """The left half is seen, the right half hides another colour."""
+    image = Image.new("RGBA", (20, 20), (*RED, 255))
+    image.paste((*BLUE, 0), (10, 0, 20, 20))
+    return image if mode == "RGBA" else image.convert(mode)
+
+
+def _with_transparent_colour(mode, image_format="PNG"):
+    """One colour, at the right, is called transparent in the file's header."""
+    image = Image.new(mode, (20, 20), RED if mode == "RGB" else 77)
+    image.paste(BLUE if mode == "RGB" else 5, (10, 0, 20, 20))
+    return encoded(image, image_format, transparency=BLUE if mode == "RGB" else 5)
+
+
+def _grey16_with_transparent_value():
+    pixels = numpy.full((20, 20), 77 * 257, numpy.uint16)
+    pixels[:, 10:] = 5 * 257
+    chunks = encoded(Image.fromarray(pixels))
+    end = chunks.index(b"IDAT") - 4
+    body = b"tRNS" + (5 * 257).to_bytes(2)
+    return chunks[:end] + (2).to_bytes(4) + body + zlib.crc32(body).to_bytes(4) + chunks[end:]
+
+
+@pytest.mark.parametrize(
+    ("data", "left"),
+    [
+        pytest.param(encoded(_half_seen("RGBA")), RED, id="RGBA PNG"),
+        pytest.param(encoded(_half_seen("RGBA"), "WEBP", lossless=True, exact=True), RED, id="WebP"),
+        pytest.param(encoded(_half_seen("RGBA"), "TIFF"), RED, id="TIFF"),
+        pytest.param(encoded(_half_seen("RGBA"), "GIF"), RED, id="GIF"),
+        pytest.param(encoded(_half_seen("LA")), (76, 76, 76), id="LA PNG"),
+        pytest.param(encoded(_half_seen("RGBA").quantize(4)), RED, id="palette PNG"),
+        pytest.param(_with_transparent_colour("RGB"), RED, id="tRNS of RGB"),
+        pytest.param(_with_transparent_colour("L"), (77, 77, 77), id="tRNS of grey"),
+        pytest.param(_grey16_with_transparent_value(), (77, 77, 77), id="tRNS of 16-bit grey"),
+    ],
+)
+def test_what_is_hidden_shows_the_background(data, left):
+    for background, value in (("white", 255), ("black", 0), ("grey", 128)):
+        crop = RandomCrop((20, 20), Decoding(3, background), (1.0, 1.0), flip=0.0)
+        for pixels in (
+            decode_image(io.BytesIO(data), Decoding(3, background)),
+            crop(io.BytesIO(data), None, [0])[0]["image"],
+        ):
+            assert pixels[:, :, :9].float().mean((1, 2)).tolist() == pytest.approx(left, abs=2)
+            assert pixels[:, :, 11:].unique().tolist() == [value]
+
+
+def test_without_a_background_pixels_are_timms(tmp_path):
+    image = _half_seen("RGBA")
+    pixels = decode_image(io.BytesIO(encoded(image)), Decoding(3, "none"))
+    assert torch.equal(pixels, functional.pil_to_tensor(image.convert("RGB")))
+    assert pixels[2, 0, 15] == 255
+
+
+def test_the_largest_size_holds_for_one_decoding_alone(monkeypatch):
+    data = encoded(plain(9, (20, 16)))
+    for limit in (None, 320):
+        assert decode_image(io.BytesIO(data), Decoding(max_pixels=limit)).shape == (3, 16, 20)
+    for read in (decode_image, lambda file, decoding: RandomCrop((8, 8), decoding)(file, None, [0])):
+        with pytest.raises(UndecodableImageError, match="it has 320 pixels, more than 319: raise --max-pixels"):
+            read(io.BytesIO(data), Decoding(max_pixels=319))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # from twice as many on Pillow refuses
+    with pytest.raises(UndecodableImageError, match="it has 320 pixels, more than 200: raise --max-pixels"):
+        decode_image(io.BytesIO(data))
+    assert decode_image(io.BytesIO(data), Decoding(max_pixels=320)).shape == (3, 16, 20)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([1.0, 2.5, 16.0]))
+def test_without_its_ends_an_image_keeps_its_middle(height, width, longest):
+    top, left, kept_height, kept_width = without_ends(height, width, longest)
+    assert (2 * top + kept_height, 2 * left + kept_width) == (height, width)
+    assert max(kept_height, kept_width) <= math.ceil(longest * min(height, width)) + 1
+    if max(height, width) <= longest * min(height, width):
+        assert (top, left) == (0, 0)
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP"])
@@ -207,8 +296,8 @@ def test_pixels_of_unknown_range_are_refused(mode):
 
 
 def test_impossible_crops_are_refused():
-    with pytest.raises(UserError, match="in_channels cannot be 2"):
-        RandomCrop((8, 8), in_channels=2)
+    with pytest.raises(UserError, match="in_channels cannot be 0"):
+        RandomCrop((8, 8), decoding=0)
     with pytest.raises(UserError, match="0 < scale <= 1"):
         RandomCrop((8, 8), scale=(0.5, 2.0))
     with pytest.raises(UserError, match="positive size"):

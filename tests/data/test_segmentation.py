@@ -101,7 +101,7 @@ def test_pixels_and_labels_of_an_unscaled_crop_are_those_of_the_same_place(flip,
 def test_labels_stay_where_their_pixels_are(tmp_path_factory, noise, blocks, sample_of, size, image_size, scale, seed):
     labels = blocks(size, seed)
     folder = tmp_path_factory.mktemp("maps")
-    crop = RandomScaleCrop(image_size, scale, distortion=0.0, in_channels=1)
+    crop = RandomScaleCrop(image_size, scale, distortion=0.0, decoding=1)
     annotation = label_map(folder, labels)
     empty = sample_of(crop, numpy.zeros(size, numpy.uint8), annotation, seed)["image"][0] == 0  # without the padding
     seen = sample_of(crop, noise(size), annotation, seed)["label"]
@@ -192,7 +192,7 @@ def test_a_picture_of_one_class_or_none_is_drawn_ten_times(label, monkeypatch):
 def test_padding_is_at_the_right_and_the_bottom_and_ignored(
     in_channels, colour, flip, tmp_path, noise, blocks, sample_of
 ):
-    crop = plain_crop((20, 20), scale=(0.5, 0.5), flip=flip, distortion=1.0, in_channels=in_channels)
+    crop = plain_crop((20, 20), scale=(0.5, 0.5), flip=flip, distortion=1.0, decoding=in_channels)
     sample = sample_of(crop, noise((40, 30)), label_map(tmp_path, blocks((40, 30))))
     outside = torch.ones(20, 20, dtype=torch.bool)
     outside[:13, :10] = False  # the shorter side of 30 becomes 10
@@ -220,7 +220,7 @@ def test_a_crop_depends_on_its_seed_only(tmp_path, encoded, noise, blocks, sampl
 @pytest.fixture(scope="session")
 def distorted(encoded, blocks):
     def views(pixels, folder, seeds, in_channels=3, distortion=1.0):
-        crop = plain_crop(pixels.shape[:2], distortion=distortion, in_channels=in_channels)
+        crop = plain_crop(pixels.shape[:2], distortion=distortion, decoding=in_channels)
         annotation = label_map(folder, blocks(pixels.shape[:2]))
         return torch.stack([view["image"] for view in crop(encoded(pixels), annotation, list(seeds))]).int()
 
@@ -307,13 +307,13 @@ def test_impossible_crops_are_refused():
     for options in ({"flip": 1.5}, {"distortion": -0.1}, {"largest_share": 0.0}, {"largest_share": 1.1}):
         with pytest.raises(UserError, match="largest_share is above 0, flip and distortion from 0 on, none above 1"):
             RandomScaleCrop((8, 8), **options)
-    with pytest.raises(UserError, match="in_channels cannot be 2"):
-        RandomScaleCrop((8, 8), in_channels=2)
+    with pytest.raises(UserError, match="in_channels cannot be 0"):
+        RandomScaleCrop((8, 8), decoding=0)
     for arguments in ((0,), (8, 3, ()), (8, 3, (1.0, 0.0)), (8, 3, (float("nan"),))):
         with pytest.raises(UserError, match="a positive shorter side and positive scales"):
             ResizeShorterSide(*arguments)
-    with pytest.raises(UserError, match="in_channels cannot be 2"):
-        ResizeShorterSide(8, in_channels=2)
+    with pytest.raises(UserError, match="in_channels cannot be 0"):
+        ResizeShorterSide(8, decoding=0)
 
 
 # Evaluation

@@ -15,7 +15,7 @@ from convmae.commands.frozen import (
     open_ordered_images,
     report_damaged,
 )
-from convmae.commands.options import BatchOptions, CropOptions, spread
+from convmae.commands.options import BatchOptions, CropOptions, LimitOptions, spread
 from convmae.errors import UserError, check_choice
 from convmae.evaluation.feature_files import SUFFIXES, FeatureParts, check_names
 from convmae.evaluation.features import extract_features
@@ -35,7 +35,7 @@ class Embedding:
     """Name and reason of each image that was left out."""
 
 
-@spread("crop", "reading")
+@spread("crop", "reading", "limits")
 def embed(
     data: str,
     output: Path,
@@ -44,6 +44,7 @@ def embed(
     crop: CropOptions = CropOptions(),
     reading: BatchOptions = BatchOptions(),
     overwrite: bool = False,
+    limits: LimitOptions = LimitOptions(),
 ) -> Embedding:
     """Write the features of all images of a folder, with their paths, to one Parquet or safetensors file.
 
@@ -66,7 +67,7 @@ def embed(
     source = open_ordered_images(data, reading.split)
     names = [source.image_name(index) for index in range(len(source))]
     check_names(output, names)
-    model = load_frozen_classifier(weights, crop.image_size, crop.crop_pct, reading.engine)
+    model = load_frozen_classifier(weights, crop.image_size, crop.crop_pct, reading.engine, limits.max_pixels)
     size = "x".join(map(str, model.image_size))
     digest = model.digest()
     run = {

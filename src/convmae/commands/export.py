@@ -20,6 +20,7 @@ from convmae.models.segmenter import Segmenter
 from convmae.models.sizes import ENCODERS
 from convmae.models.timm import default_cfgs
 from convmae.objectives.masked import ConvMAE
+from convmae.pixels import Pixels
 
 _SUFFIXES = {"onnx": (".onnx",), "torch-export": (".pt2",), "reference": (".pth", ".pt")}
 
@@ -156,6 +157,8 @@ def _timm_model(settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     arguments["img_size"] = settings["image_size"]
     usual = {"mlp_ratio": 4.0, "kernel_size": 5, "global_pool": "avg", "crop_pct": 224 / 256}
     arguments |= {name: settings[name] for name, value in usual.items() if settings[name] != value}
+    if Pixels.of(settings["pixels"]) != Pixels():
+        arguments["pixels"] = settings["pixels"]
     return f"convmae_{size or 'base'}", arguments
 
 

@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from convmae.commands.options import flat_settings, origin_of, spread
+from convmae.commands.options import PixelOptions, flat_settings, origin_of, spread
+from convmae.commands.pixels import settle_pixels, tell_no_colours
 from convmae.data.augmentation import AugmentationOptions
 from convmae.data.failures import DecodingFailures
 from convmae.data.labelled import open_labelled_images
@@ -45,7 +46,7 @@ class FinetuningResult:
     steps: int
 
 
-@spread("options")
+@spread("options", "pixels")
 def finetune(
     data: str,
     weights: Path | None = None,
@@ -66,6 +67,7 @@ def finetune(
     val_split: str = "val",
     skip_damaged: bool = False,
     augmentation: AugmentationOptions = AugmentationOptions(),
+    pixels: PixelOptions = PixelOptions(),
 ) -> FinetuningResult:
     """Fine-tune a pretrained encoder to classify images, or train one from scratch; the paper's batches are of 1024.
 
@@ -75,7 +77,8 @@ def finetune(
         weights: a pretraining run, checkpoint or file, ours or published; left out, training starts from scratch.
         model: size, for training from scratch: tiny, small, base, large or huge.
         image_size: pixels, one number or [height, width], multiples of 16; by default that of the weights, else 224.
-        in_channels: 1 (grey), 3 (RGB) or 4 (RGBA); by default that of the weights, else 3.
+        in_channels: 1 (grey), 3 (RGB), 4 (RGBA), or the number of bands of multi-band TIFF and .npy files; by default
+            that of the weights, else 3. For another number than theirs the first layer is adapted.
         crop_pct: share of the resized shorter side that the centre crop of an evaluation keeps; by default that of the
             weights, else 0.875.
         aug_repeats: crops taken of each image that is decoded, all in one batch (repeated augmentation); an epoch stays
@@ -103,6 +106,9 @@ def finetune(
         drop_path=drop_path,
         **{name: value for name, value in stated.items() if value is not None},
     )
+    decoding = settle_pixels(network, pixels, [training, validation], run)
+    if augmentation.auto_augment or augmentation.color_jitter:
+        tell_no_colours(training, decoding, "policies and jitter")
     network.set_grad_checkpointing(options.grad_checkpointing)
 
     fabric = run.start()
@@ -120,6 +126,7 @@ def finetune(
         augmentation=augmentation,
         seed=options.seed,
         aug_repeats=aug_repeats,
+        decoding=decoding,
     )
     return _finish(run.train(fabric, job), training.classes)
 

@@ -6,7 +6,7 @@ Images are seen as in validation, in order: the shorter side resized, a centre c
 import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from convmae import weights as weights_files
 from convmae.commands.options import BatchOptions
 from convmae.data.augmentation import CenterCrop
 from convmae.data.demo import demo_photographs
+from convmae.data.inspection import inspect_images
 from convmae.data.loading import Loading, build_evaluation_loader
 from convmae.data.samples import Transform
 from convmae.data.sources import EXTENSIONS, ImageCollection, ImageStream, open_files, open_images
@@ -27,6 +28,7 @@ from convmae.models.classifier import Classifier
 from convmae.models.config import grid_of, height_and_width
 from convmae.models.detector import Detector, checked_size
 from convmae.models.segmenter import Segmenter
+from convmae.pixels import Decoding, decoding_of
 from convmae.training.engine import DeviceOptions, loader_workers, start_engine
 
 _SHOWN_ITEMS = 20  # of a finding
@@ -42,6 +44,13 @@ class FrozenModel:
     """Where its weights came from."""
     workers: int
     """Processes that load images for it; 0 where its own does."""
+    max_pixels: int | None = field(default=None, kw_only=True)
+    """Most pixels of an image, None for Pillow's limit."""
+
+    @property
+    def decoding(self) -> Decoding:
+        """How its images are decoded."""
+        return decoding_of(self.network, self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -61,14 +70,9 @@ class FrozenClassifier(FrozenModel):
         return self.network.crop_pct
 
     @property
-    def in_channels(self) -> int:
-        """Channels of the images that it is given."""
-        return self.network.in_channels
-
-    @property
     def center_crop(self) -> CenterCrop:
         """The transform by which it sees an encoded image, the same as in its validation."""
-        return CenterCrop(self.image_size, self.in_channels, self.crop_pct)
+        return CenterCrop(self.image_size, self.decoding, self.crop_pct)
 
     def digest(self) -> str:
         """SHA-256 of the weights file: two models that agree in it give the same features."""
@@ -77,13 +81,17 @@ class FrozenClassifier(FrozenModel):
 
 
 def load_frozen_classifier(
-    weights: Path, image_size: int | tuple[int, int] | None, crop_pct: float | None, engine: DeviceOptions
+    weights: Path,
+    image_size: int | tuple[int, int] | None,
+    crop_pct: float | None,
+    engine: DeviceOptions,
+    max_pixels: int | None = None,
 ) -> FrozenClassifier:
     """A classifier on the encoder of any weights file, frozen, on the device that `engine` names.
 
     image_size: side in pixels of the square images it will be given, or height and width, multiples of 16; crop_pct:
-        share of the resized shorter side that the centre crop keeps; by default those of the weights. Raises UserError
-        for other sizes, and where there are no weights.
+        share of the resized shorter side that the centre crop keeps; by default those of the weights. max_pixels: see
+        `Decoding`. Raises UserError for other sizes, and where there are no weights.
     """
     settings: dict[str, Any] = {"global_pool": "avg"}  # pooled features exist, whatever the weights were saved without
     if image_size is not None:
@@ -95,7 +103,7 @@ def load_frozen_classifier(
     network = load_classifier(file, **settings)
     fabric = start_engine(engine)
     network.to(fabric.device).eval().requires_grad_(False)
-    return FrozenClassifier(network, fabric, file, loader_workers(engine, fabric))
+    return FrozenClassifier(network, fabric, file, loader_workers(engine, fabric), max_pixels=max_pixels)
 
 
 @dataclass(frozen=True)
@@ -108,12 +116,12 @@ class FrozenDetector(FrozenModel):
 
 
 def load_frozen_detector(
-    weights: Path, image_size: int | tuple[int, int] | None, engine: DeviceOptions
+    weights: Path, image_size: int | tuple[int, int] | None, engine: DeviceOptions, max_pixels: int | None = None
 ) -> FrozenDetector:
     """The detector of a run or weights file, frozen, on the device that `engine` names.
 
     image_size: pixels into which images are fitted, one number or height and width, multiples of 32; by default that of
-        its training. Raises UserError where the file holds no detector.
+        its training. max_pixels: see `Decoding`. Raises UserError where the file holds no detector.
     """
     file = weights_files.locate(Path(weights))  # Python callers may pass a string
     network = load(file)
@@ -122,7 +130,7 @@ def load_frozen_detector(
     size = checked_size(network.image_size if image_size is None else height_and_width(image_size))
     fabric = start_engine(engine)
     network.to(fabric.device).eval().requires_grad_(False)
-    return FrozenDetector(network, fabric, file, loader_workers(engine, fabric), size)
+    return FrozenDetector(network, fabric, file, loader_workers(engine, fabric), size, max_pixels=max_pixels)
 
 
 @dataclass(frozen=True)
@@ -132,10 +140,10 @@ class FrozenSegmenter(FrozenModel):
     network: Segmenter
 
 
-def load_frozen_segmenter(weights: Path, engine: DeviceOptions) -> FrozenSegmenter:
+def load_frozen_segmenter(weights: Path, engine: DeviceOptions, max_pixels: int | None = None) -> FrozenSegmenter:
     """The segmenter of a run or weights file, ours or published, frozen, on the device that `engine` names.
 
-    Raises UserError where the file holds no segmenter.
+    max_pixels: see `Decoding`. Raises UserError where the file holds no segmenter.
     """
     file = weights_files.locate(Path(weights))  # Python callers may pass a string
     network = load(file)
@@ -143,7 +151,7 @@ def load_frozen_segmenter(weights: Path, engine: DeviceOptions) -> FrozenSegment
         raise UserError(f"{weights} holds no segmenter: train one first, with convmae segment train")
     fabric = start_engine(engine)
     network.to(fabric.device).eval().requires_grad_(False)
-    return FrozenSegmenter(network, fabric, file, loader_workers(engine, fabric))
+    return FrozenSegmenter(network, fabric, file, loader_workers(engine, fabric), max_pixels=max_pixels)
 
 
 def open_ordered_images(images: str | Path, split: str = "train") -> ImageCollection:
@@ -194,7 +202,7 @@ class OrderedBatches:
         """transform: makes a sample of each encoded image. description: stands before the progress bar."""
         self.damaged: list[str] = []
         self._description, self._first, self._total = description, first, len(source)
-        tell_findings(source)
+        tell_findings(source, model.decoding)
         self._batch_size = options.batch_size
         loading = Loading(
             batch_size=options.batch_size,
@@ -236,10 +244,14 @@ def checked_output(output: Path, suffixes: Sequence[str]) -> Path:
     return output
 
 
-def tell_findings(source: ImageCollection | ImageStream) -> None:
-    """Say what was found in a data set, and the first of each, on the terminal's error stream."""
+def tell_findings(source: ImageCollection | ImageStream, decoding: Decoding | None = None) -> None:
+    """Say what was found in a data set, and the first of each, on the terminal's error stream.
+
+    decoding: look at the images first, which raises UserError where they are not what a model takes.
+    """
+    seen = () if decoding is None else inspect_images(source, decoding).findings
     console = Console(stderr=True, highlight=False)
-    for finding in source.findings:
+    for finding in (*source.findings, *seen):
         console.print(f"{source.name}: {finding.summary}", style="yellow", markup=False, soft_wrap=True)
         for item in finding.items[:_SHOWN_ITEMS]:
             console.print(f"    {item}", markup=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
 from convmae.commands.frozen import (
     FrozenClassifier,
@@ -19,13 +19,14 @@ from convmae.commands.frozen import (
     open_ordered_images,
     report_damaged,
 )
-from convmae.commands.options import BatchOptions, CropOptions, spread
-from convmae.data.images import UndecodableImageError, open_upright, undecodable_if_damaged
+from convmae.commands.options import BatchOptions, CropOptions, LimitOptions, spread
+from convmae.data.images import UndecodableImageError, open_image, own_limit, undecodable_if_damaged
 from convmae.data.sources import ImageCollection, open_files
 from convmae.errors import UserError
 from convmae.evaluation.feature_files import SUFFIXES, Features, read_features
 from convmae.evaluation.features import extract_features
 from convmae.evaluation.neighbours import nearest
+from convmae.pixels import Decoding
 from convmae.training.engine import DeviceOptions
 from convmae.visualize import PICTURE_SUFFIXES, neighbours_picture
 
@@ -45,7 +46,7 @@ class Neighbours:
     """Cosines between pooled features, in [-1, 1]."""
 
 
-@spread("crop", "reading")
+@spread("crop", "reading", "limits")
 def neighbours(
     data: str,
     query: Path,
@@ -54,6 +55,7 @@ def neighbours(
     k: int = 8,
     crop: CropOptions = CropOptions(),
     reading: BatchOptions = BatchOptions(),
+    limits: LimitOptions = LimitOptions(),
 ) -> list[Neighbours]:
     """Draw images with their nearest neighbours, by cosine similarity of pooled features.
 
@@ -76,10 +78,10 @@ def neighbours(
     known = read_features(Path(data)) if Path(data).is_file() and Path(data).suffix.lower() in SUFFIXES else None
     if known is None:
         source = open_ordered_images(data, reading.split)
-        model = load_frozen_classifier(weights, crop.image_size, crop.crop_pct, reading.engine)
+        model = load_frozen_classifier(weights, crop.image_size, crop.crop_pct, reading.engine, limits.max_pixels)
     else:
         source = open_files(data, known.paths)
-        model = _matching_model(data, known, weights, crop, reading.engine)
+        model = _matching_model(data, known, weights, crop, reading.engine, limits.max_pixels)
     asked, query_features = _pooled(model, queries, reading, "queries")
     if known is None:
         numbers, features = _pooled(model, source, reading, "embedding")
@@ -88,14 +90,15 @@ def neighbours(
 
     cosines, places = nearest(query_features, features, k + 1)  # one more, since the query may be among them
     found, rows = [], []
+    decoding = model.decoding.of_pictures
     for query_number, *alike in zip(asked, cosines.tolist(), places.tolist(), strict=True):
         name = queries.image_name(query_number)
         others = [(numbers[place], cosine) for cosine, place in zip(*alike, strict=True)]
         others = [pair for pair in others if not _same_file(source.image_name(pair[0]), name)][:k]
         paths = tuple(source.image_name(number) for number, _ in others)
         found.append(Neighbours(name, paths, tuple(cosine for _, cosine in others)))
-        drawn = [(_thumbnail(source, number), f"{cosine:.3f}") for number, cosine in others]
-        rows.append([(_thumbnail(queries, query_number), Path(name).name), *drawn])
+        drawn = [(_thumbnail(source, number, decoding), f"{cosine:.3f}") for number, cosine in others]
+        rows.append([(_thumbnail(queries, query_number, decoding), Path(name).name), *drawn])
     if not any(one.paths for one in found):
         raise UserError(f"{data} holds no image but the query: give more images")
     neighbours_picture(output, rows)
@@ -126,6 +129,7 @@ def _matching_model(
     weights: Path,
     crop: CropOptions,
     engine: DeviceOptions,
+    max_pixels: int | None,
 ) -> FrozenClassifier:
     """The model by which the known features were computed, for images of the same size and crop unless stated."""
     if not {"stage", "image_size", "crop_pct", "weights", "weights_sha256"} <= known.facts.keys():
@@ -136,7 +140,11 @@ def _matching_model(
         )
     height, width = map(int, known.facts["image_size"].split("x"))
     model = load_frozen_classifier(
-        weights, crop.image_size or (height, width), crop.crop_pct or float(known.facts["crop_pct"]), engine
+        weights,
+        crop.image_size or (height, width),
+        crop.crop_pct or float(known.facts["crop_pct"]),
+        engine,
+        max_pixels,
     )
     if known.facts["weights_sha256"] != model.digest():
         raise UserError(f"{data} was computed with other weights, {known.facts['weights']}: give those, or embed again")
@@ -147,16 +155,20 @@ def _same_file(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
 
 
-def _thumbnail(source: ImageCollection, number: int) -> Tensor:
-    """The centre of an image, made small: colours in [0, 1], (3, H, W)."""
+def _thumbnail(source: ImageCollection, number: int, decoding: Decoding) -> Tensor:
+    """The centre of an image, made small: colours in [0, 1], (C, H, W)."""
     name = source.image_name(number)
     try:
         with undecodable_if_damaged(), source.open(number) as file:
-            image = open_upright(file)
+            image = open_image(file, decoding)
     except UndecodableImageError as error:
         cure = "give the images themselves as --data, or embed them again where they are now"
         raise UserError(f"{name} of {source.name} cannot be opened for the picture, {cure}: {error}") from error
-    return pil_to_tensor(ImageOps.fit(image, (_THUMBNAIL, _THUMBNAIL))) / 255
+    if isinstance(image, Tensor):
+        side = min(image.shape[1:])
+        return resize(center_crop(image, [side, side]), [_THUMBNAIL, _THUMBNAIL]) / 255
+    with own_limit(decoding):
+        return pil_to_tensor(ImageOps.fit(image, (_THUMBNAIL, _THUMBNAIL))) / 255
 
 
 def _show(found: list[Neighbours]) -> None:

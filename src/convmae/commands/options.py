@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from docstring_parser import parse_from_object
 
-from convmae.errors import check_positive
+from convmae.errors import UserError, check_positive
+from convmae.pixels import Background, Pixels
 from convmae.training.engine import DeviceOptions
 from convmae.training.folder import plain_settings
 from convmae.training.options import RunOptions
@@ -55,6 +56,53 @@ class CropOptions:
     """Share of the resized shorter side that this crop keeps; by default that of the weights, or 0.875."""
 
 
+@dataclass(frozen=True)
+class LimitOptions:
+    """How large images may be."""
+
+    max_pixels: int | None = None
+    """Most pixels of an image; larger ones are refused as damaged ones are. By default Pillow's limit of 178,956,970,
+    against files that are made to fill the memory."""
+
+
+@dataclass(frozen=True)
+class PixelOptions(LimitOptions):
+    """What the pixels of images mean; it is recorded with the model, and all later commands keep to it.
+
+    Ranges and means may be written as text, `0,4095`.
+    """
+
+    background: Background | None = None
+    """What is seen through transparent pixels: white, black, grey, or none for the colours that they hide; by default
+    that of the weights, else white."""
+    pixel_range: tuple[float, float] | str | None = None
+    """Of images of more than 8 bits, the values that are black and white, such as 0,4095; by default that of the
+    weights, else all of 16 bits."""
+    mean: tuple[float, ...] | str | None = None
+    """Of each channel, 0 being black and 1 white; by default that of the weights, else ImageNet's for RGB, 0.5 for grey
+    and RGBA, and for bands what is measured on some of the images."""
+    std: tuple[float, ...] | str | None = None
+    """Standard deviation of each channel; by default as the mean."""
+
+    def __post_init__(self) -> None:
+        for name in ("pixel_range", "mean", "std"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, _numbers(name, value))
+        Pixels(**self.recorded)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What of it a model records."""
+        return {name: getattr(self, name) for name in ("background", "pixel_range", "mean", "std")}
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise UserError(f"{name} is '{text}': give numbers with commas between them, such as 0,4095") from error
+
+
 def spread(*groups: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Decorate a function: the fields of these parameters, whose defaults are dataclasses, become parameters of it."""
 
@@ -87,7 +135,7 @@ def flat_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """All that a command was told, as its YAML has it: plain values, a run's options among the command's own."""
     settings: dict[str, Any] = {}
     for name, value in arguments.items():
-        settings |= _values(value) if isinstance(value, RunOptions) else {name: value}
+        settings |= _values(value) if isinstance(value, RunOptions | PixelOptions) else {name: value}
     return plain_settings(settings)
 
 

@@ -17,7 +17,7 @@ from convmae.commands.frozen import (
     open_ordered_images,
     report_damaged,
 )
-from convmae.commands.options import BatchOptions, CropOptions, spread
+from convmae.commands.options import BatchOptions, CropOptions, LimitOptions, spread
 from convmae.errors import UserError
 from convmae.training.checkpoint import replace_file
 
@@ -34,7 +34,7 @@ class Prediction:
     probabilities: tuple[float, ...]
 
 
-@spread("crop", "reading")
+@spread("crop", "reading", "limits")
 @torch.inference_mode()
 def predict(
     images: str,
@@ -43,6 +43,7 @@ def predict(
     top: int = 5,
     crop: CropOptions = CropOptions(),
     reading: BatchOptions = BatchOptions(),
+    limits: LimitOptions = LimitOptions(),
 ) -> list[Prediction]:
     """Tell the most probable classes of images.
 
@@ -59,7 +60,7 @@ def predict(
     if output is not None:
         output = checked_output(output, (".csv",))
     source = open_ordered_images(images, reading.split)
-    model = load_frozen_classifier(weights, crop.image_size, crop.crop_pct, reading.engine)
+    model = load_frozen_classifier(weights, crop.image_size, crop.crop_pct, reading.engine, limits.max_pixels)
     network = model.network
     if not network.num_classes:
         raise UserError(f"{weights} has no classification head: fine-tune first, with convmae finetune")

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 
 from convmae import weights as weights_files
-from convmae.commands.options import flat_settings, spread
+from convmae.commands.options import PixelOptions, flat_settings, spread
+from convmae.commands.pixels import settle_pixels
 from convmae.data.failures import DecodingFailures
 from convmae.data.images import RandomCrop
 from convmae.data.sources import open_images
@@ -18,6 +19,7 @@ from convmae.kinds import create_autoencoder
 from convmae.models.config import height_and_width
 from convmae.models.fitting import fit_objective
 from convmae.objectives.masked import ConvMAE
+from convmae.pixels import Pixels
 from convmae.tasks.pretraining import PretrainingJob
 from convmae.tasks.processes import process_loading
 from convmae.training.logging import PictureLoggingOptions, read_metrics
@@ -44,7 +46,7 @@ class PretrainingResult:
     steps: int
 
 
-@spread("options")
+@spread("options", "pixels")
 def pretrain(
     data: str,
     model: str = "base",
@@ -70,6 +72,7 @@ def pretrain(
     decode: Literal["cpu", "gpu"] = "cpu",
     split: str = "train",
     weights: Path | None = None,
+    pixels: PixelOptions = PixelOptions(),
 ) -> PretrainingResult:
     """Pretrain a ConvMAE on unlabelled images; the paper's batches are of 2048.
 
@@ -77,7 +80,7 @@ def pretrain(
         data: a folder with images at any depth; wds/FOLDER/shards-{0000..0099}.tar; hfds/NAME or hfids/NAME; or demo.
         model: size: tiny, small, base, large or huge.
         image_size: pixels, one number or [height, width], multiples of 16.
-        in_channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        in_channels: 1 (grey), 3 (RGB), 4 (RGBA), or the number of bands of multi-band TIFF and .npy files.
         kernel_size: of the depthwise convolutions, odd.
         multi_scale: fuse stages 1 and 2 into the latent (multi-scale decoder).
         norm_pix: predict pixels normalised by their patch's mean and variance.
@@ -93,7 +96,8 @@ def pretrain(
             of shards and streams.
         split: split of a Hugging Face data set.
         weights: start from the weights of this run, checkpoint, folder of save_pretrained or file, ours or published;
-            of a file without a decoder the encoder is taken and the decoder begins anew.
+            of a file without a decoder the encoder is taken and the decoder begins anew; for another number of channels
+            the first layer is adapted, and the one that predicts pixels begins anew.
 
     Nothing judges a pretraining: a moving average of the weights is kept as the best model at the end.
 
@@ -120,6 +124,7 @@ def pretrain(
         _begin(objective, weights)
     objective.encoder.set_grad_checkpointing(options.grad_checkpointing)
     source = open_images(data, split)
+    decoding = settle_pixels(objective, pixels, [source], run)
 
     fabric = run.start()
     images_of_a_pass = divide_batch(options.batch_size, fabric.world_size, options.accumulate)
@@ -127,7 +132,7 @@ def pretrain(
         fabric,
         objective,
         source,
-        RandomCrop(size, in_channels, crop_scale),
+        RandomCrop(size, decoding, crop_scale),
         process_loading(fabric, options.engine, images_of_a_pass, skip_damaged=True),
         origin=f"convmae {model}",
         folder=options.output,
@@ -149,6 +154,8 @@ def _begin(objective: ConvMAE, weights: Path) -> None:
             f"{weights} is of a model with {known['num_heads']} attention heads, this one has {config.num_heads}: "
             "choose the --model that it is of"
         )
+    if known.get("in_channels") == objective.encoder.in_channels:
+        objective.encoder.use_pixels(Pixels.of(known.get("pixels")))
     fitting, anew, left_out = fit_objective(state, objective.state_dict())
     objective.load_state_dict(fitting)
     if anew:

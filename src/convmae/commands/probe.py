@@ -16,7 +16,8 @@ from torch import Tensor
 
 from convmae import weights as weights_files
 from convmae.commands.frozen import tell_findings
-from convmae.commands.options import flat_settings, spread
+from convmae.commands.options import PixelOptions, flat_settings, spread
+from convmae.commands.pixels import settle_pixels
 from convmae.data.augmentation import NO_AUGMENTATION, CenterCrop
 from convmae.data.failures import DecodingFailures
 from convmae.data.labelled import open_labelled_images
@@ -29,6 +30,7 @@ from convmae.evaluation.linear import LinearProbe, fit_linear_probe
 from convmae.evaluation.neighbours import classify_by_neighbours
 from convmae.kinds import load_classifier
 from convmae.models.classifier import Classifier
+from convmae.pixels import Decoding
 from convmae.tasks.classification.probe import ProbedEncoder, ProbeJob
 from convmae.tasks.processes import check_batch_statistics, process_loading
 from convmae.training.checkpoint import CheckpointOptions, replace_file
@@ -57,7 +59,7 @@ class ProbeResult:
     """The regularisation chosen on held-out training images; none in the published form."""
 
 
-@spread("options")
+@spread("options", "pixels")
 def probe(
     data: str,
     weights: Path,
@@ -75,6 +77,7 @@ def probe(
     train_split: str = "train",
     val_split: str = "val",
     skip_damaged: bool = False,
+    pixels: PixelOptions = PixelOptions(),
 ) -> ProbeResult:
     """Judge a frozen encoder by a linear classifier and by nearest neighbours on its mean-pooled features.
 
@@ -114,8 +117,17 @@ def probe(
     if (holds_run and form == "fast") or ((output / RESULT_FILE).exists() and not holds_run):
         raise UserError(f"{output} holds a result: choose another --output")
     began = time.monotonic()
+    decoding = settle_pixels(network, pixels, [training, validation], frozen=True)
     if form == "published":
-        return _published(Run(options, settings), network, training, validation, data=data, skip_damaged=skip_damaged)
+        return _published(
+            Run(options, settings),
+            network,
+            training,
+            validation,
+            data=data,
+            skip_damaged=skip_damaged,
+            decoding=decoding,
+        )
 
     engine = DeviceOptions(options.engine.accelerator, options.engine.precision, options.engine.workers)
     fabric = start_engine(engine)
@@ -125,7 +137,7 @@ def probe(
     def features_of(source: ImageCollection | ImageStream) -> tuple[Tensor, Tensor]:
         loader = build_evaluation_loader(
             source,
-            CenterCrop(network.image_size, network.in_channels, network.crop_pct),
+            CenterCrop(network.image_size, decoding, network.crop_pct),
             process_loading(fabric, engine, options.batch_size, skip_damaged),
         )
         console = Console(stderr=True)
@@ -168,6 +180,7 @@ def _published(
     *,
     data: str,
     skip_damaged: bool,
+    decoding: Decoding,
 ) -> ProbeResult:
     """Train the layer by the recipe."""
     options = run.options
@@ -188,6 +201,7 @@ def _published(
         folder=options.output,
         augmentation=NO_AUGMENTATION,
         seed=options.seed,
+        decoding=decoding,
     )
     finished = run.train(fabric, job)
     accuracy = cast(Accuracy, finished.quality)

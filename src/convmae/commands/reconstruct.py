@@ -9,19 +9,24 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import center_crop, resize
+from torchvision.transforms.v2.functional import center_crop, crop, resize
 
 from convmae.commands.frozen import tell_findings
-from convmae.data.images import decode_image
+from convmae.commands.options import LimitOptions, spread
+from convmae.data.images import decode_image, without_ends
 from convmae.data.sources import ImageCollection, open_files, open_images
 from convmae.errors import UserError
 from convmae.kinds import load
 from convmae.masking import random_visible
 from convmae.models.config import PATCH, grid_of
 from convmae.objectives.masked import ConvMAE
+from convmae.pixels import Decoding, decoding_of
 from convmae.visualize import PICTURE_SUFFIXES, reconstruction_picture
 
+_MOST_OBLONG = 16  # times as long as the centre crop, of which the rest is not seen
 
+
+@spread("limits")
 def reconstruct(
     weights: Path | None = None,
     images: str = "demo",
@@ -32,6 +37,7 @@ def reconstruct(
     mask_ratio: float | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
+    limits: LimitOptions = LimitOptions(),
 ) -> Path:
     """Draw original, visible patches and reconstruction of some images.
 
@@ -69,10 +75,11 @@ def reconstruct(
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    chosen = _choose(images, count)
+    decoding = decoding_of(model, limits.max_pixels)
+    chosen = _choose(images, count, decoding)
     for name, read in track(chosen, description="reconstructing", console=Console(stderr=True), transient=True):
         try:
-            image = read(model.encoder.normalize.mean.shape[0])
+            image = read(decoding)
         except Exception as error:
             Console(stderr=True).print(f"{name} cannot be decoded, left out: {error}", markup=False, soft_wrap=True)
             continue
@@ -91,29 +98,33 @@ def reconstruct(
     return output
 
 
-def _choose(images: str, count: int) -> list[tuple[str, Callable[[int], Tensor]]]:
-    """Name and reader (channels -> uint8 (C, H, W)) of at most `count` images, spread evenly."""
+def _choose(images: str, count: int, decoding: Decoding) -> list[tuple[str, Callable[[Decoding], Tensor]]]:
+    """Name and reader (decoding -> uint8 (C, H, W)) of at most `count` images, spread evenly."""
     if Path(images).is_file():
-        return [(images, partial(_decode, open_files(str(images), [str(images)]), 0))]
+        single = open_files(str(images), [str(images)])
+        tell_findings(single, decoding)
+        return [(images, partial(_decode, single, 0))]
     source = open_images(images)
     if not isinstance(source, ImageCollection):
         raise UserError(f"{images} is a stream of shards: pass an image, a folder of images, or demo")
-    tell_findings(source)
+    tell_findings(source, decoding)
     different = list({source.image_name(index): index for index in range(len(source))}.items())  # the demo repeats
     count = min(count, len(different))
     chosen = [different[number * len(different) // count] for number in range(count)]
     return [(name, partial(_decode, source, index)) for name, index in chosen]
 
 
-def _decode(source: ImageCollection, index: int, channels: int) -> Tensor:
+def _decode(source: ImageCollection, index: int, decoding: Decoding) -> Tensor:
     with source.open(index) as file:
-        return decode_image(file, channels)
+        return decode_image(file, decoding)
 
 
 def _fit(image: Tensor, image_size: int | None, longest_side: int) -> Tensor:
     """Scale (and crop) uint8 (C, H, W) to sides that are multiples of 16, at least two tokens in all."""
     height, width = image.shape[-2:]
     if image_size is not None:
+        if max(height, width) > _MOST_OBLONG * min(height, width):  # resized, the ends alone may be gigabytes
+            image = crop(image, *without_ends(height, width, _MOST_OBLONG))
         image = resize(image, [image_size], InterpolationMode.BICUBIC)
         return center_crop(image, [image_size, image_size])
     scale = min(1.0, longest_side / max(height, width))

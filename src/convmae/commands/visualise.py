@@ -15,7 +15,7 @@ from convmae.commands.frozen import (
     report_damaged,
     tell_findings,
 )
-from convmae.commands.options import ImageOptions, spread
+from convmae.commands.options import ImageOptions, LimitOptions, spread
 from convmae.data.loading import EvaluationImages
 from convmae.errors import UserError
 from convmae.evaluation.components import principal_components
@@ -26,7 +26,7 @@ from convmae.visualize import PICTURE_SUFFIXES, encoder_picture
 _MOST_IMAGES = 64
 
 
-@spread("reading")
+@spread("reading", "limits")
 def visualise(
     images: str,
     weights: Path,
@@ -37,6 +37,7 @@ def visualise(
     token: tuple[int, int] | None = None,
     head: int | None = None,
     reading: ImageOptions = ImageOptions(),
+    limits: LimitOptions = LimitOptions(),
 ) -> Path:
     """Draw the principal components of the last map as colours, and the attention of one token.
 
@@ -66,8 +67,8 @@ def visualise(
             f"{height - 1}, {width - 1}, or a larger image_size"
         )
     source = open_ordered_images(images, reading.split)
-    tell_findings(source)
-    model = load_frozen_classifier(weights, image_size, crop_pct, reading.engine)
+    model = load_frozen_classifier(weights, image_size, crop_pct, reading.engine, limits.max_pixels)
+    tell_findings(source, model.decoding)
     attention = model.network.encoder.last_attention
     if head is not None and not 0 <= head < attention.num_heads:
         raise UserError(f"there is no head {head}: the last block has heads 0 to {attention.num_heads - 1}")

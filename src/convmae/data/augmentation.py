@@ -3,8 +3,8 @@
 timm's transforms and augmentations do the work. B batch, C channels, H height, W width, N classes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import torch
@@ -13,10 +13,12 @@ from timm.data import Mixup, auto_augment, create_transform
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
-from convmae.data.images import open_upright, pillow_mode
+from convmae.data.images import RandomCrop, open_image, own_limit, without_ends
 from convmae.data.samples import Sample, labelled
 from convmae.errors import UserError
+from convmae.pixels import Decoding
 from convmae.seeds import seeded
 
 
@@ -56,19 +58,26 @@ NO_AUGMENTATION = AugmentationOptions(None, 0.0, (0.08, 1.0), 0.5, 0.0, 0.0, 0.0
 """Random resized crop and flip only: the published linear probe."""
 
 
+_MOST_OBLONG = 16  # times as long as the crop, of which the rest is not seen
+
+
 class Augmentation:
     """An encoded image's random crops, varied."""
 
-    def __init__(self, image_size: tuple[int, int], in_channels: int, options: AugmentationOptions) -> None:
-        """image_size: (H, W); in_channels: 1 grey, 3 RGB, 4 RGBA. Raises UserError for impossible options."""
-        pillow_mode(in_channels)  # refuses what no image has before the run begins
-        if in_channels == 4 and options.auto_augment:
+    def __init__(self, image_size: tuple[int, int], decoding: Decoding | int, options: AugmentationOptions) -> None:
+        """image_size: (H, W); decoding: what pixels mean, or 1 for grey, 3 for RGB, 4 for RGBA.
+
+        Images with bands are cropped and mirrored only: policies and jitter are for colours. Raises UserError for
+        impossible options.
+        """
+        self._decoding = Decoding.of(decoding)
+        if self._decoding.channels == 4 and options.auto_augment:
             raise UserError("augmentation policies know no transparency: pass --augmentation.auto_augment null")
         if not 0 < options.crop_scale[0] <= options.crop_scale[1] <= 1:
             raise UserError(f"crop_scale {options.crop_scale} is no range of shares: choose 0 < low <= high <= 1")
         if options.color_jitter < 0 or not 0 <= options.flip <= 1:
             raise UserError("color_jitter and flip cannot be below 0, nor flip above 1: choose others")
-        self._in_channels = in_channels
+        self._crop = RandomCrop(image_size, self._decoding, options.crop_scale, options.flip)
         try:
             self._transform = create_transform(
                 (3, *image_size),
@@ -88,11 +97,13 @@ class Augmentation:
 
         {"image": uint8 (C, H, W), "label": the class}, without a class no "label". Raises UndecodableImageError.
         """
-        grey = self._in_channels == 1  # policies mix in colours, so grey comes last
-        image = open_upright(file, 3 if grey else self._in_channels)
+        grey = self._decoding.channels == 1  # policies mix in colours, so grey comes last
+        image = open_image(file, replace(self._decoding, channels=3) if grey else self._decoding)
+        if isinstance(image, Tensor):
+            return [labelled(view, label) for view in self._crop.views(image, seeds)]
         samples = []
         for seed in seeds:
-            with seeded(seed):
+            with seeded(seed), own_limit(self._decoding):
                 pixels = self._transform(image)
             samples.append(labelled(_grey(pixels) if grey else pixels, label))
         return samples
@@ -101,20 +112,26 @@ class Augmentation:
 class CenterCrop:
     """An encoded image's centre: the shorter side resized, bicubic, of which the crop keeps the share crop_pct."""
 
-    def __init__(self, image_size: tuple[int, int], in_channels: int = 3, crop_pct: float = 224 / 256) -> None:
-        """image_size: (H, W); in_channels: 1 grey, 3 RGB, 4 RGBA."""
-        pillow_mode(in_channels)
-        self._in_channels = in_channels
-        self._transform: Callable[[Image.Image], Tensor] = create_transform(
-            (3, *image_size), crop_pct=crop_pct, interpolation="bicubic", normalize=False
-        )
+    def __init__(self, image_size: tuple[int, int], decoding: Decoding | int = 3, crop_pct: float = 224 / 256) -> None:
+        """image_size: (H, W); decoding: what pixels mean, or 1 for grey, 3 for RGB, 4 for RGBA."""
+        self._decoding = Decoding.of(decoding)
+        self._longest = _MOST_OBLONG * max(image_size) / min(image_size)
+        transform = create_transform((3, *image_size), crop_pct=crop_pct, interpolation="bicubic", normalize=False)
+        *self._resizing, self._to_tensor = transform.transforms
 
     def __call__(self, file: BinaryIO, label: int | None = None) -> Sample:
         """An encoded image and its class, if it has one -> {"image": uint8 (C, H, W), "label": the class}.
 
         Without a class no "label". Raises UndecodableImageError.
         """
-        return labelled(self._transform(open_upright(file, self._in_channels)), label)
+        image = open_image(file, self._decoding)
+        height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
+        with own_limit(self._decoding):
+            if max(height, width) > self._longest * min(height, width):  # resized, the ends alone may be gigabytes
+                image = functional.crop(image, *without_ends(height, width, self._longest))
+            for part in self._resizing:
+                image = part(image)
+        return labelled(image if isinstance(image, Tensor) else self._to_tensor(image), label)
 
 
 class BatchAugmentation:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
 from convmae.data.coco import Annotation
-from convmae.data.images import UnfitAnnotationError, decode_image, pillow_mode
+from convmae.data.images import UnfitAnnotationError, decode_image
 from convmae.data.placement import (
     Placement,
     fitting_factor,
@@ -27,6 +27,7 @@ from convmae.data.placement import (
 )
 from convmae.data.samples import Sample
 from convmae.errors import UserError
+from convmae.pixels import Decoding
 
 
 class LargeScaleJitter:
@@ -37,16 +38,18 @@ class LargeScaleJitter:
         image_size: tuple[int, int],
         scale: tuple[float, float] = (0.1, 2.0),
         flip: float = 0.5,
-        in_channels: int = 3,
+        decoding: Decoding | int = 3,
     ) -> None:
-        """image_size: (H, W); scale: range of the factor, of which 1 fits an image into (H, W); flip: probability."""
-        pillow_mode(in_channels)  # refuses what no image has before the run begins
+        """image_size: (H, W); scale: range of the factor, of which 1 fits an image into (H, W); flip: probability.
+
+        decoding: what pixels mean, or 1 for grey, 3 for RGB, 4 for RGBA.
+        """
         if min(image_size) < 1 or not 0 < scale[0] <= scale[1] < math.inf or not 0 <= flip <= 1:
             raise UserError(
                 f"jitter needs a positive size, 0 < scale, and flip from 0 to 1: not {image_size}, {scale} and {flip}"
             )
         height, width = image_size
-        self.image_size, self.in_channels = (height, width), in_channels
+        self.image_size, self.decoding = (height, width), Decoding.of(decoding)
         self._scale, self._flip = scale, flip
 
     def __call__(self, file: BinaryIO, annotation: Annotation, seeds: Sequence[int]) -> list[Sample]:
@@ -55,7 +58,7 @@ class LargeScaleJitter:
         {"image": uint8 (C, H, W), "target": {"boxes": float32 (N, 4), left, top, right and bottom in pixels, "labels":
         int64 (N,), "masks": uint8 (N, H, W)}}. Objects of which no pixel remains are left out.
         """
-        image = _decode_annotated(file, annotation, self.in_channels)
+        image = _decode_annotated(file, annotation, self.decoding)
         placements = [self.draw(*annotation.size, seed) for seed in seeds]
         masks: list[list[Tensor]] = [[] for _ in placements]
         for mask in annotation.masks():  # one at a time, as those of a large image fill the memory
@@ -63,7 +66,10 @@ class LargeScaleJitter:
                 placed.append(_placed_mask(torch.from_numpy(mask), placement, self.image_size))
         return [
             {
-                "image": mirrored(padded_image(placed_image(image, placement), self.image_size), placement.crop),
+                "image": mirrored(
+                    padded_image(placed_image(image, placement), self.image_size, self.decoding.padding_colour),
+                    placement.crop,
+                ),
                 "target": _target(annotation.labels, placed, self.image_size),
             }
             for placement, placed in zip(placements, masks, strict=True)
@@ -79,32 +85,31 @@ class LargeScaleJitter:
 class ResizeAndPad:
     """A whole image, annotated or not, resized to fit into one size and padded at the right and the bottom."""
 
-    def __init__(self, image_size: tuple[int, int], in_channels: int = 3) -> None:
-        """image_size: (H, W); in_channels: 1 grey, 3 RGB, 4 RGBA."""
-        pillow_mode(in_channels)
+    def __init__(self, image_size: tuple[int, int], decoding: Decoding | int = 3) -> None:
+        """image_size: (H, W); decoding: what pixels mean, or 1 for grey, 3 for RGB, 4 for RGBA."""
         if min(image_size) < 1:
             raise UserError(f"an image needs a positive size: not {image_size}")
         height, width = image_size
-        self.image_size, self.in_channels = (height, width), in_channels
+        self.image_size, self.decoding = (height, width), Decoding.of(decoding)
 
     def __call__(self, file: BinaryIO, annotation: Annotation | None = None) -> Sample:
         """An encoded image -> {"image": uint8 (C, H, W), "size": (h, w), "original_size": (h, w)}.
 
         "size" is that of the resized image inside the padded one. Raises UndecodableImageError.
         """
-        image = _decode_annotated(file, annotation, self.in_channels)
+        image = _decode_annotated(file, annotation, self.decoding)
         height, width = image.shape[1:]
         placement = whole((height, width), fitting_factor((height, width), self.image_size))
         return {
-            "image": padded_image(placed_image(image, placement), self.image_size),
+            "image": padded_image(placed_image(image, placement), self.image_size, self.decoding.padding_colour),
             "size": placement.size,
             "original_size": (height, width),
         }
 
 
-def _decode_annotated(file: BinaryIO, annotation: Annotation | None, in_channels: int) -> Tensor:
+def _decode_annotated(file: BinaryIO, annotation: Annotation | None, decoding: Decoding) -> Tensor:
     """An encoded image -> uint8 (C, h, w); raises UndecodableImageError, also where annotations tell another size."""
-    image = decode_image(file, in_channels)
+    image = decode_image(file, decoding)
     height, width = image.shape[1:]
     if annotation is not None and annotation.size != (height, width):
         told = f"{annotation.size[1]}x{annotation.size[0]}"

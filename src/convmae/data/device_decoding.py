@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision import io as torchvision_io
 
-from convmae.data.images import Crop, RandomCrop, is_plain_jpeg, undecodable_if_damaged
+from convmae.data.images import Crop, RandomCrop, is_plain_jpeg, opened, undecodable_if_damaged
 from convmae.data.loading import TrainingImages
 from convmae.data.samples import Sample, collate, labelled
 from convmae.errors import UserError
 
 _READ_MODES = {1: "GRAY", 3: "RGB"}  # by channels
+_JPEG = b"\xff\xd8"
 _END_OF_IMAGE = b"\xff\xd9"
 
 _logger = logging.getLogger(__name__)
@@ -59,7 +60,9 @@ class DeferredCrop:
         """
         with undecodable_if_damaged():
             encoded = file.read()
-            with Image.open(io.BytesIO(encoded)) as image:
+            if not encoded.startswith(_JPEG):  # images with bands, which Pillow does not know, among them
+                return self.crop(io.BytesIO(encoded), label, seeds)
+            with opened(io.BytesIO(encoded), self.crop.decoding) as image:
                 complete = encoded.endswith(_END_OF_IMAGE)  # a device may not notice
                 # A GPU has no engine for progressive files: the training process would do much of the work.
                 baseline = not image.info.get("progressive")
@@ -155,7 +158,7 @@ class DeviceDecoder:
             # torchvision decodes on a stream of its own, into memory that the step before may still be using.
             torch.cuda.current_stream(self._device).synchronize()
         encoded = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
-        return torchvision_io.decode_jpeg(encoded, _READ_MODES[self._crop.in_channels], device=self._device)
+        return torchvision_io.decode_jpeg(encoded, _READ_MODES[self._crop.decoding.channels], device=self._device)
 
     def _views(self, pixels: Tensor, crops: list[Crop]) -> list[Tensor] | None:
         """An image (C, h, w) -> its crops, None where the device refuses: it knows a largest reduction."""

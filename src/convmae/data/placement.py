@@ -12,9 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from convmae.data.images import Crop
-
-MEAN_COLOUR = (124, 116, 104)
-"""Mean colour of ImageNet, RGB from 0 to 255, for padding: it is nearly zero once it is normalised."""
+from convmae.pixels import Decoding
 
 
 class Placement(NamedTuple):
@@ -73,9 +71,9 @@ def placed_map(values: Tensor, placement: Placement) -> Tensor:
     return functional.resize(region, list(placement.size), InterpolationMode.NEAREST_EXACT)[0]
 
 
-def padded_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 (C, h, w) -> (C, H, W) with the mean colour at the right and the bottom."""
-    return _padded(image, size, MEAN_COLOUR if len(image) == 3 else (127,) * len(image))
+def padded_image(image: Tensor, size: tuple[int, int], colour: Sequence[float] | None = None) -> Tensor:
+    """uint8 (C, h, w) -> (C, H, W) with a colour at the right and the bottom, by default the mean one."""
+    return _padded(image, size, Decoding(len(image)).padding_colour if colour is None else colour)
 
 
 def padded_map(values: Tensor, size: tuple[int, int], fill: int) -> Tensor:

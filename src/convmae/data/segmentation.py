@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from convmae.data.ade20k import LabelMap
-from convmae.data.images import decode_image, pillow_mode
+from convmae.data.images import decode_image
 from convmae.data.placement import (
     Placement,
     cut,
@@ -29,6 +29,7 @@ from convmae.data.placement import (
 from convmae.data.samples import Sample, Unstacked, labelled
 from convmae.errors import UserError
 from convmae.labels import IGNORED
+from convmae.pixels import Decoding
 from convmae.seeds import seeded
 
 _LONGEST_SIDE = 4  # times the shorter side; beyond that an image is resized by its longer one
@@ -45,14 +46,13 @@ class RandomScaleCrop:
         largest_share: float = 0.75,
         flip: float = 0.5,
         distortion: float = 0.5,
-        in_channels: int = 3,
+        decoding: Decoding | int = 3,
     ) -> None:
         """image_size: (H, W); scale: range of the factor, at 1 the shorter sides are equal; flip: probability.
 
         largest_share: which no class should reach in a crop, 1 for any; distortion: probability of each change of the
-        colours.
+        colours, which images with bands do not have. decoding: what pixels mean, or 1 for grey, 3 for RGB, 4 for RGBA.
         """
-        pillow_mode(in_channels)  # refuses what no image has before the run begins
         if min(image_size) < 1 or not 0 < scale[0] <= scale[1] < math.inf:
             raise UserError(f"a crop needs a positive size and 0 < scale: not {image_size} and {scale}")
         if not (0 < largest_share <= 1 and 0 <= flip <= 1 and 0 <= distortion <= 1):
@@ -61,16 +61,17 @@ class RandomScaleCrop:
                 f"{largest_share}, {flip} and {distortion}"
             )
         height, width = image_size
-        self.image_size, self.in_channels = (height, width), in_channels
+        self.image_size, self.decoding = (height, width), Decoding.of(decoding)
         self._scale, self._largest_share, self._flip = scale, largest_share, flip
-        self._distort = _photometric_distortion(distortion) if distortion else None
+        varied = distortion and self.decoding.of_colours
+        self._distort = _photometric_distortion(distortion) if varied else None
 
     def __call__(self, file: BinaryIO, annotation: LabelMap, seeds: Sequence[int]) -> list[Sample]:
         """An encoded image, decoded once -> a sample for each seed; raises UndecodableImageError.
 
         {"image": uint8 (C, H, W), "label": each pixel's, uint8 (H, W)}; what is padded is IGNORED.
         """
-        image = decode_image(file, self.in_channels)
+        image = decode_image(file, self.decoding)
         height, width = image.shape[1:]
         labels = annotation.read((height, width))
         samples = []
@@ -80,7 +81,7 @@ class RandomScaleCrop:
             classes = mirrored(placed_map(labels, placement), placement.crop)
             samples.append(
                 {
-                    "image": padded_image(seen, self.image_size),
+                    "image": padded_image(seen, self.image_size, self.decoding.padding_colour),
                     "label": padded_map(classes, self.image_size, IGNORED),
                 }
             )
@@ -112,14 +113,16 @@ class RandomScaleCrop:
 class ResizeShorterSide:
     """A whole image, labelled or not, resized once or at several scales; its labels stay as they are."""
 
-    def __init__(self, shorter_side: int, in_channels: int = 3, scales: Sequence[float] = (1.0,)) -> None:
-        """shorter_side: pixels, and the longer side at most four times as many; scales: factors of it, one a view."""
-        pillow_mode(in_channels)
+    def __init__(self, shorter_side: int, decoding: Decoding | int = 3, scales: Sequence[float] = (1.0,)) -> None:
+        """shorter_side: pixels, and the longer side at most four times as many; scales: factors of it, one a view.
+
+        decoding: what pixels mean, or 1 for grey, 3 for RGB, 4 for RGBA.
+        """
         if shorter_side < 1 or not scales or not all(0 < scale < math.inf for scale in scales):
             raise UserError(
                 f"resizing needs a positive shorter side and positive scales: not {shorter_side} and {list(scales)}"
             )
-        self.shorter_side, self.in_channels, self.scales = shorter_side, in_channels, tuple(scales)
+        self.shorter_side, self.decoding, self.scales = shorter_side, Decoding.of(decoding), tuple(scales)
 
     def __call__(self, file: BinaryIO, annotation: LabelMap | None = None) -> Sample:
         """An encoded image -> its views, and the labels of its pixels.
@@ -127,7 +130,7 @@ class ResizeShorterSide:
         {"image": uint8 (C, h, w) of each scale, "label": Unstacked uint8 (H, W), "original_size": (H, W)}, without an
         annotation no "label". Raises UndecodableImageError.
         """
-        image = decode_image(file, self.in_channels)
+        image = decode_image(file, self.decoding)
         height, width = image.shape[1:]
         factors = [_factor((height, width), round(self.shorter_side * scale)) for scale in self.scales]
         views = [placed_image(image, whole((height, width), factor)) for factor in factors]

@@ -20,7 +20,7 @@ from convmae.errors import UserError, check_installed
 from convmae.findings import Finding
 from convmae.seeds import mixed_seed
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy")
 
 
 class ImageCollection:

@@ -6,6 +6,7 @@ from typing import Any
 
 from convmae.errors import UserError
 from convmae.masking import Grid
+from convmae.pixels import Pixels
 
 PATCH = 16  # pixels along the side of a stage-3 token
 CELLS = 4  # stage-1 cells along the side of a stage-3 token
@@ -13,7 +14,7 @@ CELLS = 4  # stage-1 cells along the side of a stage-3 token
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Everything that says which tensors a ConvViT has; the defaults are the paper's base.
+    """Everything that says which tensors a ConvViT has, and what its images are; the defaults are the paper's base.
 
     Lists become tuples, and one number for `image_size` both sides. Raises UserError for settings that contradict each
     other.
@@ -34,8 +35,11 @@ class EncoderConfig:
     """Hidden channels of each MLP over the channels that it is given: one number, or one for each of the stages."""
     kernel_size: int = 5
     """Of the depthwise convolutions, odd."""
+    pixels: Pixels = Pixels()
+    """What the images' pixels mean; a dictionary of its fields becomes one."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "pixels", Pixels.of(self.pixels))
         object.__setattr__(self, "image_size", height_and_width(self.image_size))
         object.__setattr__(self, "widths", tuple(self.widths))
         object.__setattr__(self, "depths", tuple(self.depths))
@@ -49,6 +53,12 @@ class EncoderConfig:
         if self.widths[2] % self.num_heads:
             raise UserError(f"width {self.widths[2]} does not divide into {self.num_heads} heads: choose a divisor")
         grid_of(self.image_size)
+        if self.in_channels < 1:
+            raise UserError(f"in_channels is {self.in_channels}: it must be at least 1")
+        if self.pixels.mean is not None and len(self.pixels.mean) != self.in_channels:
+            raise UserError(
+                f"{len(self.pixels.mean)} means and deviations for {self.in_channels} channels: give one to each"
+            )
 
     @property
     def grid(self) -> Grid:
@@ -71,11 +81,15 @@ def changed(
 ) -> EncoderConfig:
     """A model's configuration of its encoder: the given one or the base size, its image size and some fields replaced.
 
-    image_size: None keeps the configuration's. Raises TypeError for a field that there is not.
+    image_size: None keeps the configuration's. Means and deviations of other channels are forgotten. Raises TypeError
+    for a field that there is not.
     """
+    config = config or EncoderConfig()
     if image_size is not None:
         changes = {**changes, "image_size": image_size}
-    return replace(config or EncoderConfig(), **changes)
+    if changes.get("in_channels", config.in_channels) != config.in_channels:
+        changes = {"pixels": replace(config.pixels, mean=None, std=None), **changes}
+    return replace(config, **changes)
 
 
 def grid_of(image_size: Sequence[int]) -> Grid:

@@ -6,6 +6,7 @@ serves both; only the depthwise convolution looks at neighbours and is told whic
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from convmae.models.positions import (
 )
 from convmae.ops.masked_depthwise import masked_depthwise, masked_depthwise_dense
 from convmae.packing import Packing
+from convmae.pixels import Pixels
 
 _BEFORE_TRANSFORMER = r"^(?:pos_embed|projection|downsample\d|stage[12]|window_positions|global_positions)"
 """Parameters that are layer 0 for layer-wise learning-rate decay."""
@@ -154,7 +156,7 @@ class ConvViT(nn.Module, HubEncoder):
         self.num_stages = 3  # fewer after `prune_intermediate_layers`
         self.grad_checkpointing = False
 
-        self.normalize = Normalize(config.in_channels)
+        self.normalize = Normalize(config.in_channels, config.pixels.mean, config.pixels.std)
         self.downsample1 = Downsample(config.in_channels, widths[0], 4)
         self.downsample2 = Downsample(widths[0], widths[1], 2)
         self.downsample3 = Downsample(widths[1], widths[2], 2)
@@ -192,6 +194,17 @@ class ConvViT(nn.Module, HubEncoder):
     def in_channels(self) -> int:
         """Channels of the images."""
         return self.config.in_channels
+
+    @property
+    def pixels(self) -> Pixels:
+        """What its images' pixels mean, as a weights file records it."""
+        return self.config.pixels
+
+    def use_pixels(self, pixels: Pixels) -> None:
+        """Take images with other pixels from now on; raises UserError for means of another number of channels."""
+        self.config = replace(self.config, pixels=pixels)
+        device = self.normalize.mean.device
+        self.normalize = Normalize(self.in_channels, pixels.mean, pixels.std).to(device)
 
     @property
     def last_attention(self) -> Attention:
@@ -358,18 +371,21 @@ class ConvViT(nn.Module, HubEncoder):
 class Normalize(nn.Module):
     """uint8 images to float, less the mean, over the standard deviation; float images pass through.
 
-    Their channels are on axis 1 or on `channel_axis`. Three channels take ImageNet's statistics, other numbers of
-    channels 0.5 and 0.5.
+    Their channels are on axis 1 or on `channel_axis`. mean, std: of each channel, 0 being black and 1 white; by default
+    ImageNet's of three channels, of other numbers 0.5 and 0.5.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, in_channels: int) -> None:
+    def __init__(
+        self, in_channels: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    ) -> None:
         super().__init__()
         three = in_channels == 3
-        mean = IMAGENET_DEFAULT_MEAN if three else [0.5] * in_channels
-        std = IMAGENET_DEFAULT_STD if three else [0.5] * in_channels
+        if mean is None or std is None:
+            mean = IMAGENET_DEFAULT_MEAN if three else [0.5] * in_channels
+            std = IMAGENET_DEFAULT_STD if three else [0.5] * in_channels
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 

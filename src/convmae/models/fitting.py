@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 
+from timm.models import adapt_input_conv
 from torch import Tensor
 
 from convmae.errors import UserError
@@ -11,6 +12,11 @@ from convmae.weights import StateDict, check
 
 _log = logging.getLogger(__name__)
 
+_FIRST_LAYER = "encoder.downsample1.proj.weight"
+_SIDE = 4  # of the cells that the first layer takes
+_CELL = _SIDE * _SIDE
+_PREDICTION = "decoder.prediction"
+
 _SCALES = {".ls1.gamma": ".attn.proj", ".ls2.gamma": ".mlp.fc2"}
 """The layer whose result is scaled, by the end of the scale's name."""
 
@@ -18,14 +24,50 @@ _SCALES = {".ls1.gamma": ".attn.proj", ".ls2.gamma": ".mlp.fc2"}
 def fit(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> StateDict:
     """The tensors of `state` for a model whose own state dict is `model`.
 
-    Position embeddings of another grid are resized bicubically. Raises UserError that names the first tensor that does
-    not fit.
+    Position embeddings of another grid are resized bicubically. For another number of channels the first layer is
+    adapted, and the layer that predicts pixels begins anew, which is logged. Raises UserError that names the first
+    tensor that does not fit.
     """
-    fitting = dict(state)
+    fitting = _for_channels(state, model)
     for name, own in model.items():
         if name.endswith("pos_embed") and name in state and state[name].shape[-1] == own.shape[-1]:
             fitting[name] = resized_pos_embed(state[name], (own.shape[1], own.shape[2]))
     check(fitting, model)
+    return fitting
+
+
+def _for_channels(state: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> StateDict:
+    """The same tensors for images with as many channels as the model's have."""
+    fitting = dict(state)
+    if _FIRST_LAYER not in state or _FIRST_LAYER not in model:
+        return fitting
+    layer, own = state[_FIRST_LAYER], model[_FIRST_LAYER]
+    if layer.shape == own.shape or len(layer) != len(own) or layer.shape[1] % _CELL or own.shape[1] % _CELL:
+        return fitting
+    before, after = layer.shape[1] // _CELL, own.shape[1] // _CELL
+    kernel = layer.unflatten(1, (_SIDE, _SIDE, before)).permute(0, 3, 1, 2)  # (D, f*f*C) -> (D, C, f, f)
+    if before == 1:  # what sees the same in every channel sums up to the same
+        kernel = kernel.expand(-1, after, -1, -1) / after
+    elif before == 3:
+        kernel = adapt_input_conv(after, kernel)
+    else:
+        raise UserError(
+            f"the weights are for images with {before} channels, the model takes {after}: only weights for 1 or 3 "
+            "can be adapted; leave --in-channels out, or train from scratch"
+        )
+    fitting[_FIRST_LAYER] = kernel.permute(0, 2, 3, 1).flatten(1).contiguous()
+    begun = [
+        name
+        for name in (f"{_PREDICTION}.weight", f"{_PREDICTION}.bias")
+        if name in state and name in model and len(state[name]) * after == len(model[name]) * before
+    ]
+    fitting |= {name: model[name] for name in begun}
+    _log.warning(
+        "the weights are for images with %d channels, the model takes %d: the first layer is adapted as timm does it%s",
+        before,
+        after,
+        ", the layer that predicts pixels begins anew" if begun else "",
+    )
     return fitting
 
 

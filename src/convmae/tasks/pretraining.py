@@ -66,7 +66,7 @@ class PretrainingJob(Job[Objective, Judgement]):
         self.failures = DecodingFailures(folder)
         self._fabric, self._aug_repeats = fabric, aug_repeats
         self._pictures_every_epochs = pictures_every_epochs
-        on_device = _decodes_on_device(decode, source, crop.in_channels, fabric.device)
+        on_device = _decodes_on_device(decode, source, crop.decoding.channels, fabric.device)
         self._loader = build_training_loader(
             source,
             DeferredCrop(crop) if on_device else crop,
@@ -129,6 +129,8 @@ def _decodes_on_device(
         raise UserError(f"{source.name} is a stream, which only the CPU decodes: leave --decode out")
     if decode == "gpu" and in_channels == 4:
         raise UserError("a GPU decodes no RGBA: leave --decode out, or use --in-channels 3")
+    if decode == "gpu" and in_channels not in (1, 3):
+        raise UserError("a GPU decodes JPEG files, which have no bands: leave --decode out")
     if decode == "gpu" and device.type != "cuda":
         raise UserError(f"--decode gpu needs a CUDA device, this run is on {device.type}: leave it out")
     return decode == "gpu"

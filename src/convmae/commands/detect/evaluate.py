@@ -7,6 +7,7 @@ from typing import Literal
 from rich.console import Console
 
 from convmae.commands.frozen import checked_output, load_frozen_detector, report_damaged, tell_findings
+from convmae.commands.options import LimitOptions, spread
 from convmae.data.coco import find_coco, open_coco
 from convmae.errors import UserError, check_positive
 from convmae.tasks.detection.judge import DetectionQuality, Judge, print_quality
@@ -15,6 +16,7 @@ from convmae.training.checkpoint import replace_file
 from convmae.training.engine import EngineOptions
 
 
+@spread("limits")
 def evaluate(
     weights: Path,
     data: Path | None = None,
@@ -26,6 +28,7 @@ def evaluate(
     batch_size: int = 8,
     skip_damaged: bool = False,
     engine: EngineOptions = EngineOptions(),
+    limits: LimitOptions = LimitOptions(),
 ) -> DetectionQuality:
     """Judge a detector by the twelve COCO figures of its boxes and of its masks.
 
@@ -50,19 +53,19 @@ def evaluate(
         output = checked_output(output, (".json",))
     file, folder = find_coco(None if data is None else Path(data), split, annotations, images)
     source = open_coco(file, folder, skip_damaged)
-    model = load_frozen_detector(weights, image_size, engine)
+    model = load_frozen_detector(weights, image_size, engine, limits.max_pixels)
     network, fabric = model.network, model.fabric
     known = (network.settings["classes"], network.settings["category_ids"])
     if known != (source.classes, source.category_ids):
         raise UserError(f"{source.name} has other categories than the detector of {weights}: they cannot be compared")
     if fabric.is_global_zero:
-        tell_findings(source)
+        tell_findings(source, model.decoding)
     damaged: list[str] = []
     judge = Judge(
         fabric,
         source,
         model.image_size,
-        network.in_channels,
+        model.decoding,
         lambda _, failed: damaged.extend(failed),
         process_loading(fabric, engine, batch_size, skip_damaged),
     )

@@ -12,12 +12,13 @@ from rich.text import Text
 from torch import Tensor
 
 from convmae.commands.frozen import OrderedBatches, load_frozen_detector, open_ordered_images, report_damaged
-from convmae.commands.options import BatchOptions, spread
+from convmae.commands.options import BatchOptions, LimitOptions, spread
 from convmae.data.detection import ResizeAndPad
 from convmae.data.images import decode_image
 from convmae.data.sources import ImageCollection
 from convmae.errors import UserError
 from convmae.evaluation.detection import coco_results
+from convmae.pixels import Decoding
 from convmae.training.checkpoint import replace_file
 from convmae.visualize import DrawnPicture, detection_picture
 
@@ -37,7 +38,7 @@ class DetectionsResult:
     """Detections that reach the threshold, in all images."""
 
 
-@spread("reading")
+@spread("reading", "limits")
 @torch.inference_mode()
 def predict(
     images: str,
@@ -48,6 +49,7 @@ def predict(
     annotations: Path | None = None,
     image_size: int | tuple[int, int] | None = None,
     reading: BatchOptions = BatchOptions(batch_size=2),
+    limits: LimitOptions = LimitOptions(),
 ) -> DetectionsResult:
     """Find objects in images: write COCO's results, and draw boxes, masks, names and scores.
 
@@ -73,9 +75,9 @@ def predict(
         raise UserError(f"{output} is a file: choose a folder for the detections")
     source = open_ordered_images(images, reading.split)
     image_ids = _image_ids(source, annotations)
-    model = load_frozen_detector(weights, image_size, reading.engine)
+    model = load_frozen_detector(weights, image_size, reading.engine, limits.max_pixels)
     network = model.network
-    fit = ResizeAndPad(model.image_size, network.in_channels)
+    fit = ResizeAndPad(model.image_size, model.decoding)
     batches = OrderedBatches(model, fit, source, reading, "detecting")
     (output / "pictures").mkdir(parents=True, exist_ok=True)
     category_ids = network.settings["category_ids"] or range(1, network.num_classes + 1)
@@ -97,7 +99,7 @@ def predict(
             counts[name] = [network.classes[label - 1] for label in certain["labels"].tolist()]
             if len(drawn) < draw:
                 path = output / "pictures" / f"{index + 1:06d}-{Path(name).stem[:60]}.png"
-                _draw(path, source, index, certain, network.classes)
+                _draw(path, source, index, model.decoding, certain, network.classes)
                 drawn.append(path)
     report_damaged(batches.damaged)
     if not counts:
@@ -147,9 +149,16 @@ def _image_ids(source: ImageCollection, annotations: Path | None) -> list[int]:
     return list(found)
 
 
-def _draw(path: Path, source: ImageCollection, index: int, detection: dict[str, Tensor], classes: list[str]) -> None:
+def _draw(
+    path: Path,
+    source: ImageCollection,
+    index: int,
+    decoding: Decoding,
+    detection: dict[str, Tensor],
+    classes: list[str],
+) -> None:
     with source.open(index) as file:
-        image = decode_image(file) / 255
+        image = decode_image(file, decoding.of_pictures) / 255
     detection_picture(path, [[DrawnPicture(image, detection, "")]], classes)
 
 

@@ -7,7 +7,8 @@ from typing import Any, Literal, cast
 
 import torch
 
-from convmae.commands.options import flat_settings, origin_of, spread
+from convmae.commands.options import PixelOptions, flat_settings, origin_of, spread
+from convmae.commands.pixels import settle_pixels
 from convmae.data.coco import CocoImages, find_coco, open_coco
 from convmae.data.detection import LargeScaleJitter
 from convmae.data.failures import DecodingFailures
@@ -51,7 +52,7 @@ class DetectorTrainingResult:
     steps: int
 
 
-@spread("options")
+@spread("options", "pixels")
 def train(
     data: str | None = None,
     weights: Path | None = None,
@@ -75,6 +76,7 @@ def train(
     drop_path: float = 0.1,
     skip_damaged: bool = False,
     jitter: JitterOptions = JitterOptions(),
+    pixels: PixelOptions = PixelOptions(),
 ) -> DetectorTrainingResult:
     """Train a Mask R-CNN on a pretrained encoder, or from scratch; the defaults are the paper's.
 
@@ -91,7 +93,8 @@ def train(
         val_images: the folder of these.
         image_size: pixels of the jittered images, one number or [height, width], multiples of 32; by default that of
             a detector's weights, else 1024, for the demo 128.
-        in_channels: 1 (grey), 3 (RGB) or 4 (RGBA); by default that of the weights, else 3.
+        in_channels: 1 (grey), 3 (RGB), 4 (RGBA), or the number of bands of multi-band TIFF and .npy files; by default
+            that of the weights, else 3. For another number than theirs the first layer is adapted.
         window: side in tokens of the windows of most attention; by default the form's 16 or 14, for tiny 4.
         anchor_sizes: sides in pixels of the anchors of the five levels; by default 32 to 512, for tiny half of it.
         drop_path: rate of stochastic depth in the encoder's last block; it grows linearly from 0.
@@ -140,6 +143,7 @@ def train(
         drop_path=drop_path,
         **{name: value for name, value in stated.items() if value is not None},
     )
+    decoding = settle_pixels(network, pixels, [training, validation], run)
     network.set_grad_checkpointing(options.grad_checkpointing)
     images_of_a_pass = divide_batch(options.batch_size, fabric.world_size, options.accumulate)
     job = DetectionJob(
@@ -147,7 +151,7 @@ def train(
         network,
         training,
         validation,
-        LargeScaleJitter(network.image_size, jitter.scale, jitter.flip, network.in_channels),
+        LargeScaleJitter(network.image_size, jitter.scale, jitter.flip, decoding),
         process_loading(fabric, options.engine, images_of_a_pass, skip_damaged),
         origin=f"{origin_of(weights, model)}, {network.settings['form']} form",
         folder=options.output,
@@ -156,7 +160,7 @@ def train(
     finished = run.train(fabric, job)
     picture = options.output / "detections.png"
     if fabric.is_global_zero:
-        draw_examples(picture, finished.network, validation)
+        draw_examples(picture, finished.network, validation, decoding)
     return _finish(finished, validation, picture)
 
 

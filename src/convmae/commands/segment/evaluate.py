@@ -6,6 +6,7 @@ from typing import Literal
 from rich.console import Console
 
 from convmae.commands.frozen import checked_output, load_frozen_segmenter, report_damaged, tell_findings
+from convmae.commands.options import LimitOptions, spread
 from convmae.data.ade20k import calls_classes, find_ade20k, names_classes, open_segmentation, read_classes
 from convmae.errors import UserError, check_positive
 from convmae.evaluation.segmentation import SegmentationQuality
@@ -17,6 +18,7 @@ from convmae.training.checkpoint import replace_file
 from convmae.training.engine import EngineOptions
 
 
+@spread("limits")
 def evaluate(
     weights: Path,
     data: Path | None = None,
@@ -29,6 +31,7 @@ def evaluate(
     skip_damaged: bool = False,
     inference: InferenceOptions = InferenceOptions(),
     engine: EngineOptions = EngineOptions(),
+    limits: LimitOptions = LimitOptions(),
 ) -> SegmentationQuality:
     """Judge a segmenter by the overlap of predicted and true classes (mIoU) and by accuracy, in total and by class.
 
@@ -54,7 +57,7 @@ def evaluate(
     if output is not None:
         output = checked_output(output, (".csv",))
     folders = find_ade20k(None if data is None else Path(data), split, images, annotations)
-    model = load_frozen_segmenter(weights, engine)
+    model = load_frozen_segmenter(weights, engine, limits.max_pixels)
     network, fabric = model.network, model.fabric
     if data is not None and names_classes(data):
         _check_classes(data, network)
@@ -62,12 +65,12 @@ def evaluate(
         reduce_zero_label = network.settings["reduce_zero_label"]
     source = open_segmentation(*folders, network.classes, reduce_zero_label, skip_damaged)
     if fabric.is_global_zero:
-        tell_findings(source)
+        tell_findings(source, model.decoding)
     damaged: list[str] = []
     judge = Judge(
         fabric,
         source,
-        Inference(inference, network, batch_size),
+        Inference(inference, network, batch_size, model.decoding),
         lambda _, failed: damaged.extend(failed),
         process_loading(fabric, engine, batch_size, skip_damaged),
     )

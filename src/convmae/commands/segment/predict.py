@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from convmae.commands.frozen import OrderedBatches, load_frozen_segmenter, open_ordered_images, report_damaged
-from convmae.commands.options import BatchOptions, ImageOptions, spread
+from convmae.commands.options import BatchOptions, ImageOptions, LimitOptions, spread
 from convmae.data.images import decode_image
 from convmae.data.sources import ImageCollection
 from convmae.errors import UserError, check_positive
@@ -34,7 +34,7 @@ class SegmentationResult:
     """Files of the drawn pictures, with a legend."""
 
 
-@spread("reading")
+@spread("reading", "limits")
 @torch.inference_mode()
 def predict(
     images: str,
@@ -44,6 +44,7 @@ def predict(
     batch_size: int = 4,
     reading: ImageOptions = ImageOptions(),
     inference: InferenceOptions = InferenceOptions(),
+    limits: LimitOptions = LimitOptions(),
 ) -> SegmentationResult:
     """Segment images: write label maps, and draw the classes over the images, with a legend.
 
@@ -68,9 +69,9 @@ def predict(
         raise UserError(f"{output} lies among the images of {images}: choose another --output")
     source = open_ordered_images(images, reading.split)
     names = _file_names(images, source)
-    model = load_frozen_segmenter(weights, reading.engine)
+    model = load_frozen_segmenter(weights, reading.engine, limits.max_pixels)
     network = model.network
-    infer = Inference(inference, network, batch_size)
+    infer = Inference(inference, network, batch_size, model.decoding)
     one_by_one = BatchOptions(reading.split, reading.skip_damaged, reading.engine, batch_size=1)  # sizes differ
     batches = OrderedBatches(model, infer.transform, source, one_by_one, "segmenting")
     first_label = int(network.settings["reduce_zero_label"])
@@ -94,7 +95,7 @@ def predict(
             if len(overlays) < draw:
                 path = output / "overlays" / names[index]
                 with source.open(index) as file:
-                    image = decode_image(file) / 255
+                    image = decode_image(file, model.decoding.of_pictures) / 255
                 segmentation_picture(path, [[SegmentedPicture(image, found, "")]], network.classes)
                 overlays.append(path)
     report_damaged(batches.damaged)

@@ -6,7 +6,8 @@ from typing import Any, cast
 
 import torch
 
-from convmae.commands.options import flat_settings, origin_of, spread
+from convmae.commands.options import PixelOptions, flat_settings, origin_of, spread
+from convmae.commands.pixels import settle_pixels, tell_no_colours
 from convmae.data.ade20k import find_ade20k, is_ade20k, open_segmentation, read_classes
 from convmae.data.failures import DecodingFailures
 from convmae.data.segmentation import RandomScaleCrop
@@ -56,7 +57,7 @@ class SegmenterTrainingResult:
     steps: int
 
 
-@spread("options")
+@spread("options", "pixels")
 def train(
     data: str | None = None,
     weights: Path | None = None,
@@ -80,6 +81,7 @@ def train(
     skip_damaged: bool = False,
     variation: VariationOptions = VariationOptions(),
     inference: InferenceOptions = InferenceOptions(),
+    pixels: PixelOptions = PixelOptions(),
 ) -> SegmenterTrainingResult:
     """Train an UperNet on a pretrained encoder, or from scratch.
 
@@ -101,7 +103,8 @@ def train(
         val_annotations: the folder of the label maps of these.
         image_size: pixels of the crops, one number or [height, width], multiples of 16 from 48 on; by default that of a
             segmenter's weights, else 512, for the demo 128.
-        in_channels: 1 (grey), 3 (RGB) or 4 (RGBA); by default that of the weights, else 3.
+        in_channels: 1 (grey), 3 (RGB), 4 (RGBA), or the number of bands of multi-band TIFF and .npy files; by default
+            that of the weights, else 3. For another number than theirs the first layer is adapted.
         drop_path: rate of stochastic depth in the encoder's last block; it grows linearly from 0.
         skip_damaged: leave out and list images that are damaged or have no usable label map instead of stopping.
         variation: how training images are varied.
@@ -142,9 +145,12 @@ def train(
         drop_path=drop_path,
         **{name: value for name, value in stated.items() if value is not None},
     )
+    decoding = settle_pixels(network, pixels, [training, validation], run)
+    if variation.distortion:
+        tell_no_colours(training, decoding, "changes of brightness, contrast, saturation and hue")
     network.set_grad_checkpointing(options.grad_checkpointing)
     images_of_a_pass = divide_batch(options.batch_size, fabric.world_size, options.accumulate)
-    infer = Inference(inference, network, images_of_a_pass)
+    infer = Inference(inference, network, images_of_a_pass, decoding)
     job = SegmentationJob(
         fabric,
         network,
@@ -156,7 +162,7 @@ def train(
             variation.largest_share,
             variation.flip,
             variation.distortion,
-            network.in_channels,
+            decoding,
         ),
         infer,
         process_loading(fabric, options.engine, images_of_a_pass, skip_damaged),

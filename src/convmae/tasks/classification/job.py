@@ -16,6 +16,7 @@ from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 from convmae.evaluation.accuracy import Accuracy, judge_classifier
 from convmae.models.classifier import Classifier
+from convmae.pixels import Decoding, decoding_of
 from convmae.training.run import Job, N, StepLoss
 
 
@@ -52,11 +53,13 @@ class ClassificationJob(Job[N, Accuracy]):
         augmentation: AugmentationOptions,
         seed: int,
         aug_repeats: int = 1,
+        decoding: Decoding | None = None,
     ) -> None:
         """network: what is trained; encoder: the classifier that it is or has, which tells how images are prepared.
 
         origin, data: where weights and images come from, for the run's first line. folder: the run's. aug_repeats: how
-        many of a batch's images are crops of one. Raises UserError for an odd batch with mixup or cutmix.
+        many of a batch's images are crops of one. decoding: by default as the encoder says. Raises UserError for an odd
+        batch with mixup or cutmix.
         """
         if (augmentation.mixup or augmentation.cutmix) and loading.batch_size % 2:
             raise UserError(
@@ -72,11 +75,11 @@ class ClassificationJob(Job[N, Accuracy]):
         self._fabric, self._folder, self._seed, self._aug_repeats = fabric, folder, seed, aug_repeats
         self._normalize = encoder.encoder.normalize
         self._vary = BatchAugmentation(augmentation, len(self.classes), fabric.device)
-        size, channels = encoder.image_size, encoder.in_channels
+        size, decoding = encoder.image_size, decoding or decoding_of(encoder)
         self._training = build_training_loader(
-            training, Augmentation(size, channels, augmentation), loading, seed=seed, aug_repeats=aug_repeats
+            training, Augmentation(size, decoding, augmentation), loading, seed=seed, aug_repeats=aug_repeats
         )
-        self._validation = build_evaluation_loader(validation, CenterCrop(size, channels, encoder.crop_pct), loading)
+        self._validation = build_evaluation_loader(validation, CenterCrop(size, decoding, encoder.crop_pct), loading)
 
     @property
     def passes(self) -> int:

@@ -67,7 +67,7 @@ class DetectionJob(Job[Detector, DetectionQuality]):
         self.failures = DecodingFailures(folder)
         self._fabric, self._folder, self._training = fabric, folder, training
         self._loader = build_training_loader(training, jitter, loading, seed=seed)
-        self._judge = Judge(fabric, validation, network.image_size, network.in_channels, self.failures.record, loading)
+        self._judge = Judge(fabric, validation, network.image_size, jitter.decoding, self.failures.record, loading)
 
     @property
     def passes(self) -> int:

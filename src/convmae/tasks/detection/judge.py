@@ -15,6 +15,7 @@ from convmae.data.loading import Loading, build_evaluation_loader
 from convmae.errors import UserError
 from convmae.evaluation.detection import CocoFigures, coco_results, judge_detections
 from convmae.models.detector import Detector
+from convmae.pixels import Decoding
 from convmae.tasks.processes import gathered, share_buffers
 from convmae.tasks.tables import shares_table
 
@@ -55,15 +56,15 @@ class Judge:
         fabric: Fabric,
         source: CocoImages,
         image_size: tuple[int, int],
-        in_channels: int,
+        decoding: Decoding | int,
         record: Callable[[int, Sequence[str]], None],
         loading: Loading,
     ) -> None:
-        """image_size: (H, W) into which images are fitted. record: called for each batch
+        """image_size: (H, W) into which images are fitted. decoding: what pixels mean. record: called for each batch
         with the number of its images and the names and faults of damaged ones.
         """
         self._fabric, self._source, self._record = fabric, source, record
-        self._loader = build_evaluation_loader(source, ResizeAndPad(image_size, in_channels), loading)
+        self._loader = build_evaluation_loader(source, ResizeAndPad(image_size, decoding), loading)
         self._truth = source.ground_truth() if fabric.is_global_zero else None
 
     def __call__(self, network: Detector) -> DetectionQuality:

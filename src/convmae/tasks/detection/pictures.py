@@ -8,6 +8,7 @@ from convmae.data.coco import CocoImages
 from convmae.data.detection import LargeScaleJitter, ResizeAndPad
 from convmae.data.images import UndecodableImageError
 from convmae.models.detector import Detector
+from convmae.pixels import Decoding
 from convmae.visualize import DrawnPicture, detection_picture
 
 _EXAMPLES = 6
@@ -15,10 +16,10 @@ _DRAWN_SCORE = 0.5  # of the least certain detection
 
 
 @torch.inference_mode()
-def draw_examples(path: Path, network: Detector, validation: CocoImages) -> None:
+def draw_examples(path: Path, network: Detector, validation: CocoImages, decoding: Decoding) -> None:
     """Save a picture of six images of `validation`, evenly spread; nothing where none of them can be decoded."""
-    size, channels = network.image_size, network.in_channels
-    as_judged, annotated = ResizeAndPad(size, channels), LargeScaleJitter(size, (1.0, 1.0), 0.0, channels)
+    size = network.image_size
+    as_judged, annotated = ResizeAndPad(size, decoding), LargeScaleJitter(size, (1.0, 1.0), 0.0, decoding)
     device = next(network.parameters()).device
     network.eval()
     pictures: list[DrawnPicture] = []

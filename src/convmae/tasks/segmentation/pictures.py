@@ -25,7 +25,7 @@ def draw_examples(path: Path, network: Segmenter, validation: SegmentationImages
             with validation.open(index) as file:
                 sample = infer.transform(file, validation.annotation(index))
             with validation.open(index) as file:
-                image = decode_image(file, network.in_channels) / 255
+                image = decode_image(file, infer.transform.decoding) / 255
         except (OSError, UndecodableImageError):
             continue  # judging has listed it
         found = infer(network, sample["image"], sample["original_size"]).cpu()

@@ -9,6 +9,7 @@ from convmae.data.segmentation import ResizeShorterSide
 from convmae.errors import UserError
 from convmae.models.config import height_and_width
 from convmae.models.segmenter import Segmenter, checked_size, checked_stride
+from convmae.pixels import Decoding, decoding_of
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,17 @@ class InferenceOptions:
 class Inference:
     """InferenceOptions at work: `transform` makes views of an image, a call tells the classes of its pixels by them."""
 
-    def __init__(self, options: InferenceOptions, network: Segmenter, windows_at_a_time: int) -> None:
-        """network: whose size and channels of images are the defaults. Raises UserError for options that cannot be."""
+    def __init__(
+        self, options: InferenceOptions, network: Segmenter, windows_at_a_time: int, decoding: Decoding | None = None
+    ) -> None:
+        """network: whose size of images and decoding are the defaults. Raises UserError for options that cannot be."""
         size = network.image_size
         if options.whole and (options.window is not None or options.stride is not None):
             raise UserError("whole images need no window or stride: leave out --inference.whole or the others")
         self.transform = ResizeShorterSide(
-            min(size) if options.shorter_side is None else options.shorter_side, network.in_channels, options.scales
+            min(size) if options.shorter_side is None else options.shorter_side,
+            decoding or decoding_of(network),
+            options.scales,
         )
         self._window = self._stride = None
         if not options.whole:  # what cannot be is said now, not after the first epochs of a training
