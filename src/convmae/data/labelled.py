@@ -5,9 +5,11 @@ A class is known by its number in the source's `classes`; nothing is decoded her
 
 import io
 import logging
+import os
 import re
 import tarfile
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,17 +19,20 @@ import numpy
 import torch
 from timm.data import create_dataset
 from timm.data.readers import create_reader
-from torchvision.datasets.folder import find_classes, make_dataset
 
+from convmae.data.folders import image_files, is_left_behind, listed, subfolders
+from convmae.data.shards import interpret, labels_of, told
 from convmae.data.sources import (
-    EXTENSIONS,
+    FileReader,
     ImageCollection,
     ImageStream,
+    no_images,
     opening,
     parse_location,
     stream_hugging_face,
 )
 from convmae.errors import UserError, check_installed
+from convmae.findings import Finding
 
 _logger = logging.getLogger(__name__)
 
@@ -35,6 +40,8 @@ _logger = logging.getLogger(__name__)
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "test"))
 
 _TENSORFLOW_FORMAT = "array_record"  # the one whose examples can be read in any order
+
+_WITHOUT_CLASS = "{0} without a class {are} left out"  # of the members of a shard
 
 _CLASS_NAMES_FILE = "classes.txt"  # beside shards, a class a line
 
@@ -67,32 +74,17 @@ def open_labelled_images(
         source = _open_shards(str(data), Path(name), split)
     else:
         source = _open_folder(Path(data), split, classes)
+    unknown = sorted(set(source.classes) - set(classes if classes is not None else source.classes))
+    if unknown:
+        alike = [name for name in classes or () if name.casefold() == unknown[0].casefold()]
+        cure = f"name it '{alike[0]}', as there" if alike else "remove it"
+        raise UserError(f"{source.name} has the class '{unknown[0]}', which the training split lacks: {cure}")
     if len(source.classes) < 2:
         found = f"only one class, '{source.classes[0]}'" if source.classes else "no classes"
         raise UserError(f"{source.name} has {found}: classification needs two or more")
-    unknown = sorted(set(source.classes) - set(classes if classes is not None else source.classes))
-    if unknown:
-        raise UserError(f"{source.name} has the class '{unknown[0]}', which the training split lacks: remove it")
     if classes is not None and source.classes != list(classes)[: len(source.classes)]:
         raise UserError(f"{source.name} numbers its classes in another order than the training split: write it again")
     return source
-
-
-class _FolderReader:
-    """Image files with a class each: reader[index] -> (binary file, class)."""
-
-    def __init__(self, samples: list[tuple[str, int]]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        path, label = self.samples[index]
-        return Path(path).open("rb"), label
-
-    def filename(self, index: int) -> str:
-        return self.samples[index][0]
 
 
 def _open_folder(folder: Path, split: str, classes: Sequence[str] | None) -> ImageCollection:
@@ -102,24 +94,35 @@ def _open_folder(folder: Path, split: str, classes: Sequence[str] | None) -> Ima
     found = next((folder / name for name in _called(split) if (folder / name).is_dir()), None)
     if found is None:
         raise UserError(f"{folder} has no folder {split}/: it must hold train/CLASS/images and val/CLASS/images")
-    try:
-        names = find_classes(found)[0]
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{found} has no class folders: put the images of each class into a folder of its own"
-        ) from error
+    names = own = subfolders(found)
+    if not names:
+        raise UserError(f"{found} has no class folders: put the images of each class into a folder of its own")
     if classes is not None and set(names) <= set(classes):
         names = list(classes)
-    samples = make_dataset(
-        str(found), {name: number for number, name in enumerate(names)}, extensions=EXTENSIONS, allow_empty=True
-    )
-    empty = sorted(set(range(len(names))) - {label for _, label in samples})
-    if not samples:
-        raise UserError(f"{found} holds no images: accepted are {' '.join(EXTENSIONS)}")
+    images = image_files(found, in_classes=True)
+    numbers = {name: number for number, name in enumerate(names)}
+    # Class by class, the folders of each sorted by their whole path.
+    ordered = sorted((path.partition(os.sep)[0], *os.path.split(path)) for path in images.paths)
+    paths = [os.path.join(found, folder, name) for _, folder, name in ordered]  # noqa: PTH118
+    labels = numpy.array([numbers[name] for name, *_ in ordered], dtype=numpy.int64)
+    if not paths:
+        raise no_images(found, images)
+    empty = sorted(set(own) - {names[label] for label in numpy.unique(labels).tolist()})
     if classes is None and empty:
-        raise UserError(f"{found / names[empty[0]]} holds no images: fill the class folder or delete it")
-    reader = _FolderReader(samples)
-    return ImageCollection(str(found), reader, reader.filename, names)
+        raise UserError(f"{found / empty[0]} holds no images: fill the class folder or delete it")
+    source = ImageCollection(str(found), FileReader(paths), paths.__getitem__, names, labels)
+    source.findings = [*images.findings, *_alike(own)]
+    return source
+
+
+def _alike(names: Sequence[str]) -> list[Finding]:
+    """A finding for classes whose names differ in case alone."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[name.casefold()].append(name)
+    alike = [", ".join(group) for group in groups.values() if len(group) > 1]
+    text = "names of classes differ in case alone and stay classes of their own"
+    return [listed(f"{text}, such as {alike[0]}", alike)] if alike else []
 
 
 class _ShardReader:
@@ -127,9 +130,11 @@ class _ShardReader:
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self._shards = list(shards)
+        remarks: dict[str, list[str]] = defaultdict(list)
         found = [
-            (number, *place) for number, shard in enumerate(shards) for place in _labelled_members(shard)
+            (number, *place) for number, shard in enumerate(shards) for place in _labelled_members(shard, remarks)
         ]  # arrays, since lists of millions would be copied by every loading process
+        self.findings = told(remarks)
         self._places = numpy.array(found, dtype=numpy.int64).reshape(-1, 4)
 
     def __len__(self) -> int:
@@ -142,8 +147,8 @@ class _ShardReader:
             return io.BytesIO(file.read(size)), label
 
     @property
-    def num_classes(self) -> int:
-        return int(self._places[:, 3].max(initial=-1)) + 1
+    def labels(self) -> numpy.ndarray:
+        return self._places[:, 3]
 
     def filename(self, index: int) -> str:
         shard, offset, *_ = self._places[index].tolist()
@@ -152,43 +157,66 @@ class _ShardReader:
         return f"{self._shards[shard]}/{name}"
 
 
-def _labelled_members(shard: Path) -> Iterator[tuple[int, int, int]]:
-    """Offset, size and class of each image with a class in a shard: members KEY.jpg and KEY.cls."""
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
+def _labelled_members(shard: Path, remarks: dict[str, list[str]]) -> Iterator[tuple[int, int, int]]:
+    """Offset, size and class of each image with a class in a shard: members KEY.jpg and KEY.cls.
+
+    remarks: gets the names of the other images by what there is to say of them.
+    """
     try:
-        with tarfile.open(shard, "r:") as members:
-            for member in members:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                key = f"{folder}/{stem}"
-                if f".{kind.lower()}" in EXTENSIONS:
-                    images[key] = (member.offset_data, member.size)
-                elif kind == "cls":
-                    labels[key] = int(cast(BinaryIO, members.extractfile(member)).read())
+        with tarfile.open(shard, "r:") as archive:
+            members = [member for member in archive if member.isreg()]
+            names = [member.name for member in members]
+            images, found = interpret(names)
+            for image, label in zip(images, labels_of(names, images), strict=True):
+                member = members[image.place]
+                if member.sparse is not None:  # type: ignore[attr-defined]
+                    raise tarfile.TarError(f"{member.name} is a sparse file")
+                number = -1
+                if label is not None:
+                    text = cast(BinaryIO, archive.extractfile(members[label])).read()
+                    number = _number(names[label], text)
+                if number < 0:
+                    found[_WITHOUT_CLASS].append(member.name)
+                else:
+                    yield member.offset_data, member.size, number
+    except UserError as error:
+        raise UserError(f"the shard {shard}: {error}") from error
     except (OSError, tarfile.TarError, ValueError) as error:
         raise UserError(f"the shard {shard} cannot be read, write it again, uncompressed: {error}") from error
-    for key, place in images.items():
-        if labels.get(key, -1) >= 0:
-            yield *place, labels[key]
+    for remark, noted in found.items():
+        remarks[remark] += [f"{shard.name}/{name}" for name in noted]
+
+
+def _number(name: str, text: bytes) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name} holds {text[:20]!r}, not the number of a class: write numbers from 0 on") from None
 
 
 def _open_shards(data: str, folder: Path, split: str) -> ImageCollection:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: write wds/FOLDER, of a local folder with shards *.tar")
-    words = {shard: set(re.split("[^a-z]+", str(shard.relative_to(folder)).lower())) for shard in folder.rglob("*.tar")}
+    tars = [path for suffix in ("tar", "tar.gz", "tgz") for path in folder.rglob(f"*.{suffix}")]
+    tars = [path for path in tars if not any(map(is_left_behind, path.relative_to(folder).parts))]
+    words = {shard: set(re.split("[^a-z]+", str(shard.relative_to(folder)).lower())) for shard in tars}
     matching = ([shard for shard in words if name.lower() in words[shard]] for name in _called(split))
     shards = next((sorted(found) for found in matching if found), [])
     if not shards:
         raise UserError(f"{folder} has no shards called {split}: name them like {split}-0000.tar")
+    if packed := [shard for shard in shards if shard.suffix != ".tar"]:
+        raise UserError(f"{packed[0]} is compressed, so that no image can be read at its place: unpack it to .tar")
     reader = _ShardReader(shards)
     if not len(reader):
         raise UserError(f"the shards of {data} ({split}) hold no images with a class: write KEY.jpg and KEY.cls")
     names = folder / _CLASS_NAMES_FILE
-    classes = names.read_text().splitlines() if names.is_file() else [str(label) for label in range(reader.num_classes)]
-    if reader.num_classes > len(classes):
+    num_classes = int(reader.labels.max()) + 1
+    classes = names.read_text().splitlines() if names.is_file() else [str(label) for label in range(num_classes)]
+    if num_classes > len(classes):
         raise UserError(f"{names} names {len(classes)} classes, {data} ({split}) has more: add them, a line each")
-    return ImageCollection(f"{data} ({split})", reader, reader.filename, classes)
+    source = ImageCollection(f"{data} ({split})", reader, reader.filename, classes, reader.labels)
+    source.findings = reader.findings
+    return source
 
 
 def _open_hugging_face(data: str, name: str, split: str) -> ImageCollection:

@@ -59,6 +59,8 @@ class PretrainingJob(Job[Objective, Judgement]):
             raise UserError("pictures_every_epochs must be at least 0: raise it")
         self.network, self.module = objective, ObjectiveTraining(objective)
         self.origin, self.data = origin, source.name
+        count = source.reader.num_samples if isinstance(source, ImageStream) else len(source)
+        self.contents = f"{count} image{'' if count == 1 else 's'}"
         self.findings = {source.name: source.findings}
         self.picture = folder / "reconstructions" / "latest.png"
         self.failures = DecodingFailures(folder)
