@@ -57,11 +57,11 @@ def test_folder_mistakes_name_the_cure(tmp_path):
         open_images(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is empty"):
         open_images(tmp_path)
-    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "notes.md").write_text("no image")
     with pytest.raises(UserError, match=r"holds no images: accepted are .*\.webp"):
         open_images(tmp_path)
     with pytest.raises(UserError, match="is a file"):
-        open_images(tmp_path / "notes.txt")
+        open_images(tmp_path / "notes.md")
 
 
 @pytest.mark.parametrize("data", ["demo", "wds/x-{0..1}.tar", "hfds/x", "hfids/x"])

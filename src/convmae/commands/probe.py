@@ -19,7 +19,8 @@ from convmae.commands.frozen import tell_findings
 from convmae.commands.options import flat_settings, spread
 from convmae.data.augmentation import NO_AUGMENTATION, CenterCrop
 from convmae.data.failures import DecodingFailures
-from convmae.data.labelled import open_labelled_images
+from convmae.data.folders import counted
+from convmae.data.holdout import open_splits, read_held_out, write_held_out
 from convmae.data.loading import build_evaluation_loader
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError, check_choice, check_positive
@@ -75,6 +76,7 @@ def probe(
     train_split: str = "train",
     val_split: str = "val",
     skip_damaged: bool = False,
+    val_fraction: float | None = None,
 ) -> ProbeResult:
     """Judge a frozen encoder by a linear classifier and by nearest neighbours on its mean-pooled features.
 
@@ -86,8 +88,8 @@ def probe(
     seed and one device of engine.
 
     Args:
-        data: a folder with train/CLASS/images and val/CLASS/images; wds/FOLDER, hfds/NAME,
-            hfids/NAME, tfds/NAME or torch/NAME.
+        data: a folder with train/CLASS/images and val/CLASS/images; a table, .csv or .tsv, with the columns path, label
+            and split; wds/FOLDER, hfds/NAME, hfids/NAME, tfds/NAME or torch/NAME.
         weights: a run, checkpoint or file, ours or published.
         form: fast or published.
         neighbours: how many vote (fast form).
@@ -97,6 +99,8 @@ def probe(
         train_split: split that is learned from.
         val_split: split that is judged on.
         skip_damaged: leave out and list images that cannot be decoded instead of stopping.
+        val_fraction: share of each class's training images that is held out to judge on, such as 0.1, where there is no
+            val_split.
 
     Raises UserError for settings or data that cannot work, and Interrupted after SIGTERM or Ctrl-C, of the published
     form a checkpoint being written.
@@ -105,17 +109,29 @@ def probe(
     check_choice("form", form, ("fast", "published"))
     check_positive(neighbours=neighbours)
     output = options.output
-    training = open_labelled_images(data, train_split, shuffled=form == "published")
-    validation = open_labelled_images(data, val_split, training.classes)
+    holds_run = (output / "checkpoints").exists()  # of the published form, which alone can go on with it
+    training, validation = open_splits(
+        data,
+        train_split,
+        val_split,
+        val_fraction=val_fraction,
+        seed=options.seed,
+        kept=read_held_out(output) if holds_run and options.resume else (),
+        shuffled=form == "published",
+    )
+    if training.multi_label:
+        raise UserError(f"{training.name} has several classes an image, which only convmae finetune learns")
     stated: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct}
     chosen = {name: value for name, value in stated.items() if value is not None}
     network = load_classifier(weights, num_classes=0, global_pool="avg", **chosen)
-    holds_run = (output / "checkpoints").exists()  # of the published form, which alone can go on with it
     if (holds_run and form == "fast") or ((output / RESULT_FILE).exists() and not holds_run):
         raise UserError(f"{output} holds a result: choose another --output")
     began = time.monotonic()
     if form == "published":
-        return _published(Run(options, settings), network, training, validation, data=data, skip_damaged=skip_damaged)
+        run = Run(options, settings)
+        return _published(
+            run, network, training, validation, data=data, skip_damaged=skip_damaged, held_out=val_fraction is not None
+        )
 
     engine = DeviceOptions(options.engine.accelerator, options.engine.precision, options.engine.workers)
     fabric = start_engine(engine)
@@ -142,6 +158,8 @@ def probe(
         features, labels = (torch.cat(parts).to(fabric.device) for parts in zip(*found, strict=True))
         return features, labels
 
+    if val_fraction is not None:
+        write_held_out(output, validation)
     for source in (training, validation):
         tell_findings(source)
     features, labels = features_of(training)
@@ -168,12 +186,15 @@ def _published(
     *,
     data: str,
     skip_damaged: bool,
+    held_out: bool,
 ) -> ProbeResult:
-    """Train the layer by the recipe."""
+    """Train the layer by the recipe. held_out: whether the validation images are some of training."""
     options = run.options
     torch.manual_seed(options.seed)
     probed = ProbedEncoder(network, len(training.classes))
     fabric = run.start()
+    if held_out and fabric.is_global_zero:
+        write_held_out(options.output, validation)
     images_of_a_pass = divide_batch(options.batch_size, fabric.world_size, options.accumulate)
     job = ProbeJob(
         fabric,
@@ -228,6 +249,5 @@ def _print(rows: dict[str, Accuracy], result: ProbeResult, failures: DecodingFai
         soft_wrap=True,
     )
     if failures.count:
-        console.print(
-            f"{failures.count} images could not be decoded, listed in {result.folder}", markup=False, soft_wrap=True
-        )
+        told = f"{counted(failures.count, 'image')} could not be decoded, listed in {failures.path}"
+        console.print(told, markup=False, soft_wrap=True)

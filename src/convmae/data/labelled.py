@@ -11,16 +11,18 @@ import tarfile
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy
 import torch
 from timm.data import create_dataset
-from timm.data.readers import create_reader
 
-from convmae.data.folders import image_files, is_left_behind, listed, subfolders
+from convmae.data import hugging_face
+from convmae.data.duplicates import repeated_images
+from convmae.data.folders import counted, image_files, is_left_behind, listed, subfolders
+from convmae.data.lists import Table, is_list, read_labels, read_table, repeated
 from convmae.data.shards import interpret, labels_of, told
 from convmae.data.sources import (
     FileReader,
@@ -46,24 +48,35 @@ _WITHOUT_CLASS = "{0} without a class {are} left out"  # of the members of a sha
 _CLASS_NAMES_FILE = "classes.txt"  # beside shards, a class a line
 
 
+class MissingSplitError(UserError):
+    """A data set without a split of the name that was asked for."""
+
+
 def open_labelled_images(
-    data: str | Path, split: str, classes: Sequence[str] | None = None, shuffled: bool = False
+    data: str | Path,
+    split: str,
+    classes: Sequence[str] | None = None,
+    shuffled: bool = False,
+    multi_label: bool = False,
 ) -> ImageCollection | ImageStream:
     """The labelled images of one split.
 
-    data: a folder that holds SPLIT/CLASS/images at any depth; `wds/FOLDER` (a local folder of WebDataset shards whose
-    names tell the split); `hfds/NAME` (Hugging Face data set, a hub name or a local folder); `hfids/NAME` (the same,
-    streamed; `|N` gives the number of training images where it is unknown); `tfds/NAME` (TensorFlow data set, a name or
-    the folder of one); or `torch/NAME` (torchvision's cifar10, cifar100, mnist, fashion_mnist, ...).
+    data: a folder that holds SPLIT/CLASS/images at any depth, or SPLIT.csv; a table (.csv, .tsv) with a column of
+    paths, one of labels or one for each class, and one of splits, see `lists`; `wds/FOLDER` (a local folder of
+    WebDataset shards whose names tell the split); `hfds/NAME` (Hugging Face data set, a hub name or a local folder);
+    `hfids/NAME` (the same, streamed; `|N` gives the number of training images where it is unknown); `tfds/NAME`
+    (TensorFlow data set, a name or the folder of one); or `torch/NAME` (torchvision's cifar10, cifar100, mnist, ...).
     split: `train`, `val`, or whatever the data set calls it; the usual synonyms are found. classes: those of the
     training split, which another split must not exceed. shuffled: for training, of a stream, whose order is its own.
+    multi_label: whether the images of the training split may be of several classes.
 
-    Raises UserError where there is nothing to read, fewer than two classes, or an unknown one.
+    Raises UserError where there is nothing to read, fewer than two classes, or an unknown one; MissingSplitError where
+    there is no such split.
     """
     prefix, _, name = str(data).partition("/")
     source: ImageCollection | ImageStream
     if prefix == "hfds":
-        source = _open_hugging_face(str(data), name, split)
+        source = _open_hugging_face(str(data), name, split, classes)
     elif prefix == "hfids":
         source = _stream_hugging_face(str(data), name, split, shuffled)
     elif prefix == "tfds":
@@ -72,28 +85,135 @@ def open_labelled_images(
         source = _open_torchvision(str(data), split)
     elif prefix == "wds":
         source = _open_shards(str(data), Path(name), split)
+    elif is_list(Path(data)):
+        source = _open_table(Path(data), split, classes, multi_label)
     else:
-        source = _open_folder(Path(data), split, classes)
+        source = _open_folder(Path(data), split, classes, multi_label)
     unknown = sorted(set(source.classes) - set(classes if classes is not None else source.classes))
     if unknown:
         alike = [name for name in classes or () if name.casefold() == unknown[0].casefold()]
         cure = f"name it '{alike[0]}', as there" if alike else "remove it"
         raise UserError(f"{source.name} has the class '{unknown[0]}', which the training split lacks: {cure}")
-    if len(source.classes) < 2:
+    if len(source.classes) < (1 if source.multi_label else 2):
         found = f"only one class, '{source.classes[0]}'" if source.classes else "no classes"
         raise UserError(f"{source.name} has {found}: classification needs two or more")
     if classes is not None and source.classes != list(classes)[: len(source.classes)]:
         raise UserError(f"{source.name} numbers its classes in another order than the training split: write it again")
+    if classes is not None and source.multi_label != multi_label:
+        several = "of several classes an image" if source.multi_label else "of one class an image"
+        raise UserError(f"{source.name} is {several}, and the training split is not: write both in one form")
+    if isinstance(source, ImageCollection) and source.labels is not None:
+        _check_labels(source, source.labels, is_training=classes is None)
     return source
 
 
-def _open_folder(folder: Path, split: str, classes: Sequence[str] | None) -> ImageCollection:
+def compare_splits(training: ImageCollection | ImageStream, validation: ImageCollection | ImageStream) -> None:
+    """Add to the findings of the validation images what makes their figures miss something, or too good.
+
+    These are classes without an image, and images that are in training, too. Raises UserError where no validation image
+    is of any class.
+    """
+    if not isinstance(validation, ImageCollection) or validation.labels is None:
+        return
+    counts = _images_of_classes(validation, validation.labels)
+    if not counts.any():
+        raise UserError(f"{validation.name} has no image of any class, so no figure can be given: add some")
+    missing = [name for name, count in zip(training.classes, counts.tolist(), strict=True) if not count]
+    if missing:
+        have = "class has" if len(missing) == 1 else "classes have"
+        text = (
+            f"{len(missing)} of {len(training.classes)} {have} no validation image and no figure, such as {missing[0]}"
+        )
+        validation.findings.append(listed(text, missing))
+    if isinstance(training, ImageCollection):
+        validation.findings += repeated_images(training, validation)
+
+
+def _images_of_classes(source: ImageCollection, labels: numpy.ndarray) -> numpy.ndarray:
+    """How many images each class has, (classes,)."""
+    if source.multi_label:
+        return labels.sum(axis=0)
+    return numpy.bincount(labels, minlength=len(source.classes))[: len(source.classes)]
+
+
+def _check_labels(source: ImageCollection, labels: numpy.ndarray, is_training: bool) -> None:
+    """Refuse images without a class, and a training split in which nothing can be told apart; count empty classes."""
+    if not source.multi_label:
+        outside = labels[(labels < 0) | (labels >= len(source.classes))]
+        if len(outside):
+            raise UserError(
+                f"{source.name} has {counted(len(outside), 'image')} without a class (number {outside[0]}): choose "
+                "another split"
+            )
+    if not is_training:
+        return
+    counts = _images_of_classes(source, labels)
+    if (counts > 0).sum() < (1 if source.multi_label else 2):
+        raise UserError(f"{source.name} has images of fewer classes than can be told apart: add images of others")
+    empty = [name for name, count in zip(source.classes, counts.tolist(), strict=True) if not count]
+    if empty:
+        have = "class has" if len(empty) == 1 else "classes have"
+        text = f"{len(empty)} of {len(source.classes)} {have} no training image and will not be learned"
+        source.findings.append(listed(f"{text}, such as {empty[0]}", empty))
+
+
+def _open_table(file: Path, split: str, classes: Sequence[str] | None, multi_label: bool) -> ImageCollection:
+    """The rows of a split in a table; all of them are training's where no column tells the splits."""
+    if file.suffix.lower() == ".txt":
+        raise UserError(f"{file} has no classes: give a table, .csv, with the columns path and label")
+    table = read_table(file)
+    splits = table.splits
+    if splits is None and split not in _called("train"):
+        raise MissingSplitError(f"{file} has no column 'split', so all its images are for training: add one")
+    if splits is not None:
+        found = next((name for name in map(str.lower, _called(split)) if name in splits), None)
+        if found is None:
+            raise MissingSplitError(
+                f"{file} has no row of the split '{split}': its column of splits holds {', '.join(sorted(set(splits)))}"
+            )
+        chosen = [row for row, name in enumerate(splits) if name == found]
+    else:
+        chosen = list(range(len(table.paths)))
+    # The form of the labels, one or several an image, is that of all rows.
+    several = read_labels(table, None, multi_label).labels.ndim == 2
+    rows = Table(
+        table.file,
+        [table.paths[row] for row in chosen],
+        {name: [values[row] for row in chosen] for name, values in table.columns.items()},
+        [table.lines[row] for row in chosen],
+    )
+    return _listed_images(f"{file} ({split})" if splits else str(file), rows, classes, several)
+
+
+def _listed_images(name: str, table: Table, classes: Sequence[str] | None, multi_label: bool) -> ImageCollection:
+    read = read_labels(table, classes, multi_label)
+    again = repeated(table.paths)
+    if again:
+        raise UserError(
+            f"{table.file} lists {counted(len(again), 'image')} more than once, such as {again[0]}: write each in one "
+            "row, several labels with | between them"
+        )
+    source = ImageCollection(name, FileReader(table.paths), table.paths.__getitem__, read.classes, read.labels)
+    if read.unused:
+        source.findings.append(Finding(f"columns that are not used: {', '.join(read.unused)}"))
+    if read.labels.ndim == 2 and (count := int((~read.labels.any(axis=1)).sum())):
+        are = "is" if count == 1 else "are"
+        source.findings.append(Finding(f"{counted(count, 'image')} {are} of no class, and learned or judged as such"))
+    return source
+
+
+def _open_folder(folder: Path, split: str, classes: Sequence[str] | None, multi_label: bool) -> ImageCollection:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}: give a folder with train/CLASS/images and val/CLASS/images")
     found = next((folder / name for name in _called(split) if (folder / name).is_dir()), None)
     if found is None:
-        raise UserError(f"{folder} has no folder {split}/: it must hold train/CLASS/images and val/CLASS/images")
+        table = next((folder / f"{name}.csv" for name in _called(split) if (folder / f"{name}.csv").is_file()), None)
+        if table is not None:
+            return _listed_images(str(table), read_table(table), classes, multi_label)
+        raise MissingSplitError(
+            f"{folder} has no folder {split}/: it must hold train/CLASS/images and val/CLASS/images"
+        )
     names = own = subfolders(found)
     if not names:
         raise UserError(f"{found} has no class folders: put the images of each class into a folder of its own")
@@ -150,11 +270,18 @@ class _ShardReader:
     def labels(self) -> numpy.ndarray:
         return self._places[:, 3]
 
+    def size_of(self, index: int) -> int:
+        return int(self._places[index, 2])
+
     def filename(self, index: int) -> str:
         shard, offset, *_ = self._places[index].tolist()
-        with tarfile.open(self._shards[shard], "r:") as members:
-            name = next(member.name for member in members if member.offset_data == offset)
-        return f"{self._shards[shard]}/{name}"
+        return f"{self._shards[shard]}/{_names_by_offset(self._shards[shard])[offset]}"
+
+
+@lru_cache(maxsize=1)  # names are asked for in order, if at all
+def _names_by_offset(shard: Path) -> dict[int, str]:
+    with tarfile.open(shard, "r:") as members:
+        return {member.offset_data: member.name for member in members}
 
 
 def _labelled_members(shard: Path, remarks: dict[str, list[str]]) -> Iterator[tuple[int, int, int]]:
@@ -203,7 +330,7 @@ def _open_shards(data: str, folder: Path, split: str) -> ImageCollection:
     matching = ([shard for shard in words if name.lower() in words[shard]] for name in _called(split))
     shards = next((sorted(found) for found in matching if found), [])
     if not shards:
-        raise UserError(f"{folder} has no shards called {split}: name them like {split}-0000.tar")
+        raise MissingSplitError(f"{folder} has no shards called {split}: name them like {split}-0000.tar")
     if packed := [shard for shard in shards if shard.suffix != ".tar"]:
         raise UserError(f"{packed[0]} is compressed, so that no image can be read at its place: unpack it to .tar")
     reader = _ShardReader(shards)
@@ -219,18 +346,31 @@ def _open_shards(data: str, folder: Path, split: str) -> ImageCollection:
     return source
 
 
-def _open_hugging_face(data: str, name: str, split: str) -> ImageCollection:
+def _open_hugging_face(data: str, name: str, split: str, classes: Sequence[str] | None) -> ImageCollection:
     with opening(data, split):
-        split, image, label, classes = _hugging_face_columns(data, name, split, streamed=False)
-        reader = create_reader(f"hfds/{name}", split=split, input_key=image, target_key=label)
-    return _collection(data, split, reader, "row", classes)
+        split = _hugging_face_split(data, name, split)
+        table = hugging_face.load(name, split, streamed=False)
+        features = table.features or {}
+        image, label = _hugging_face_columns(data, features)
+        names, labels = hugging_face.classes_and_labels(data, table, label, classes)
+        reader = hugging_face.HuggingFaceReader(table, image)
+    source = _collection(data, split, reader, "row", names)
+    source.labels = labels
+    return source
 
 
 def _stream_hugging_face(data: str, location: str, split: str, shuffled: bool) -> ImageStream:
     name, num_samples = parse_location(data, location)
     with opening(data, split):
-        split, image, label, classes = _hugging_face_columns(data, name, split, streamed=True)
-        stream = stream_hugging_face(data, name, split, image, label, num_samples, classes, shuffled)
+        split = _hugging_face_split(data, name, split)
+        features = hugging_face.load(name, split, streamed=True).features or {}
+        image, label = _hugging_face_columns(data, features)
+        classes = getattr(features[label], "names", None)
+        if classes is None:
+            raise UserError(
+                f"the classes in '{label}' of {data} are unknown before all is read: read it as hfds/{name}"
+            )
+        stream = stream_hugging_face(data, name, split, image, label, num_samples, list(classes), shuffled)
     stream.name = f"{data} ({split})"
     if shuffled and stream.num_shards == 1 and stream.reader.num_samples > stream.reader.shuffle_size:
         _logger.warning(
@@ -241,20 +381,29 @@ def _stream_hugging_face(data: str, location: str, split: str, shuffled: bool) -
     return stream
 
 
-def _hugging_face_columns(data: str, name: str, split: str, streamed: bool) -> tuple[str, str, str, list[str]]:
-    """The split's own name, the columns of images and of their classes, and the classes."""
+def _hugging_face_split(data: str, name: str, split: str) -> str:
+    """The split's own name."""
     check_installed("hub", "reading Hugging Face data sets needs `datasets`", "datasets")
     import datasets
 
     if not name:
         raise UserError(f"{data} names no data set: write {data}NAME")
     available = datasets.get_dataset_split_names(name)
-    split = next((known for known in _called(split) if known in available), split)
-    features = datasets.load_dataset_builder(name).info.features
-    # Local files tell theirs when they are read.
-    features = features or datasets.load_dataset(name, split=split, streaming=streamed).features or {}
-    image, label = _columns(data, features, datasets.Image, datasets.ClassLabel)
-    return split, image, label, list(features[label].names)
+    found = next((known for known in _called(split) if known in available), None)
+    if found is None:
+        known = ", ".join(available)
+        raise MissingSplitError(f"{data}, split {split}, cannot be opened, check both: its splits are {known}")
+    return found
+
+
+def _hugging_face_columns(data: str, features: Mapping[str, Any]) -> tuple[str, str]:
+    """The columns of images and of their classes."""
+    try:
+        return hugging_face.image_column(data, features), hugging_face.label_column(data, features)
+    except UserError as error:
+        if "several" in str(error):
+            raise
+        raise _no_columns(data, features) from error
 
 
 class _TensorflowReader:
@@ -303,10 +452,14 @@ def _columns(data: str, features: Mapping[str, Any], image: type, classes: type)
     """The first column of images and the first of classes."""
     images, labels = ([key for key, kind in features.items() if isinstance(kind, one)] for one in (image, classes))
     if not images or not labels:
-        known = ", ".join(features) or "unknown"
-        cure = "choose another; a local folder needs SPLIT/CLASS/images with two classes or more"
-        raise UserError(f"{data} has no column of images or none of classes, its columns are {known}: {cure}")
+        raise _no_columns(data, features)
     return images[0], labels[0]
+
+
+def _no_columns(data: str, features: Mapping[str, Any]) -> UserError:
+    known = ", ".join(features) or "unknown"
+    cure = "choose another; a local folder needs SPLIT/CLASS/images with two classes or more"
+    return UserError(f"{data} has no column of images or none of classes, its columns are {known}: {cure}")
 
 
 def _collection(data: str, split: str, reader: Any, unit: str, classes: Sequence[str]) -> ImageCollection:

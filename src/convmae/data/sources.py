@@ -1,10 +1,11 @@
-"""Where images come from: a folder, shards, the Hugging Face hub or the demo; with classes, see `labelled`.
+"""Where images come from: folders, lists, shards, the Hugging Face hub or the demo; with classes, see `labelled`.
 
 A source hands out encoded images: by index (ImageCollection), or one after the other (ImageStream). timm's
 readers find them; nothing is decoded here.
 """
 
 import io
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +18,16 @@ import torch
 from numpy import ndarray
 from timm.data.readers import create_reader
 
+from convmae.data import hugging_face
 from convmae.data.demo import DemoReader
-from convmae.data.folders import EXTENSIONS, FolderImages, image_files
+from convmae.data.folders import EXTENSIONS, FolderImages, counted, image_files, listed
+from convmae.data.lists import is_list, read_list, repeated
 from convmae.data.shards import count_images, is_local, read_shards
 from convmae.errors import UserError, check_installed
 from convmae.findings import Finding
 from convmae.seeds import mixed_seed
+
+_PREFIXES = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")
 
 
 class ImageCollection:
@@ -53,6 +58,11 @@ class ImageCollection:
         part = _Part(self._reader, self.image_name, indices)
         labels = None if self.labels is None else self.labels[part.indices]
         return ImageCollection(name, part, part.image_name, self.classes, labels)
+
+    def size_of(self, index: int) -> int | None:
+        """Bytes of the encoded image number `index`; None where that is unknown before it is read."""
+        size = getattr(self._reader, "size_of", None)
+        return None if size is None else size(index)
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -91,6 +101,10 @@ class _Part:
     def image_name(self, index: int) -> str:
         return self._image_name(int(self.indices[index]))
 
+    def size_of(self, index: int) -> int | None:
+        size = getattr(self._reader, "size_of", None)
+        return None if size is None else size(int(self.indices[index]))
+
 
 class StreamedImage(NamedTuple):
     """An encoded image that a stream has just read."""
@@ -106,6 +120,8 @@ class ImageStream:
 
     `classes` names their classes, where they have any. Streams made for training are shuffled.
     """
+
+    multi_label = False  # images of a stream are of one class
 
     def __init__(self, name: str, reader: Any, num_shards: int, classes: Sequence[str] = ()) -> None:
         self.name, self.num_shards, self.reader, self.classes = name, num_shards, reader, list(classes)
@@ -200,30 +216,82 @@ class _HuggingFaceStream(ImageStream):
             return f"{self.name}, {path or f'image with the checksum {zlib.crc32(data):08x}'}"
 
         def open_annotated() -> tuple[BinaryIO, int | None]:
+            if encoded is None:
+                raise ValueError("the row has no image")
             file = fsspec.open(path, "rb").open() if data is None else io.BytesIO(data)
             return file, key if self.classes else None
 
         return StreamedImage(name, open_annotated)
 
 
-def open_images(data: str | Path, split: str = "train") -> ImageCollection | ImageStream:
+def open_images(data: str | Path | Sequence[str | Path], split: str = "train") -> ImageCollection | ImageStream:
     """Find the images that `data` names, without their classes.
 
-    data: a folder with images at any depth; `wds/FOLDER/shards-{0000..0003}.tar` (WebDataset; `|N` appended
+    data: a folder with images at any depth; a list of images, .txt, .csv or .tsv, see `lists`; several of these, in a
+    sequence or with commas between them; `wds/FOLDER/shards-{0000..0003}.tar` (WebDataset; `|N` appended
     gives the number of images, otherwise local shards are counted); `hfds/NAME` (Hugging Face data set, a
     hub name or a local folder); `hfids/NAME` (the same, streamed; `|N` where their number is unknown); or
     `demo`. split: of a Hugging Face data set; elsewhere unused. Raises UserError where there is nothing to
     read.
     """
-    prefix, _, rest = str(data).partition("/")
-    if str(data) == "demo":
+    parts = several(data)
+    if len(parts) > 1:
+        return _open_several(parts)
+    data = parts[0]
+    prefix, _, rest = data.partition("/")
+    if data == "demo":
         reader = DemoReader()
         return ImageCollection("demo", reader, reader.filename)
     if prefix == "wds":
-        return _open_shards(str(data), rest)
+        return _open_shards(data, rest)
     if prefix in ("hfds", "hfids"):
-        return _open_hugging_face(str(data), prefix, rest, split)
+        return _open_hugging_face(data, prefix, rest, split)
+    if is_list(Path(data)):
+        return _open_list(Path(data))
     return _open_folder(Path(data))
+
+
+def several(data: str | Path | Sequence[str | Path]) -> list[str]:
+    """The places that `data` names: a sequence of them, or folders and files with commas between them."""
+    if not isinstance(data, str | Path):
+        parts = [str(part) for part in data]
+    elif "," in str(data) and not str(data).startswith(_PREFIXES) and not Path(data).exists():
+        parts = [part.strip() for part in str(data).split(",") if part.strip()]
+    else:
+        parts = [str(data)]
+    if not parts:
+        raise UserError("no data are given: name a folder with images")
+    return parts
+
+
+def _open_several(parts: Sequence[str]) -> ImageCollection:
+    paths: list[str] = []
+    findings: list[Finding] = []
+    for part in parts:
+        if part == "demo" or part.startswith(_PREFIXES):
+            raise UserError(f"{part} cannot be joined with other data: give folders and lists of images")
+        source = _open_list(Path(part)) if is_list(Path(part)) else _open_folder(Path(part))
+        names = [source.image_name(index) for index in range(len(source))]
+        paths += names if is_list(Path(part)) else [os.path.join(part, name) for name in names]  # noqa: PTH118
+        findings += [Finding(f"{part}: {finding.summary}", finding.items) for finding in source.findings]
+    source = open_files(", ".join(parts), paths)
+    source.findings = [*findings, *_repeated(paths)]
+    return source
+
+
+def _open_list(file: Path) -> ImageCollection:
+    paths = read_list(file)
+    source = open_files(str(file), paths)
+    source.findings = _repeated(paths)
+    return source
+
+
+def _repeated(paths: Sequence[str]) -> list[Finding]:
+    found = repeated([os.path.normpath(path) for path in paths])
+    text = (
+        f"{counted(len(found), 'image')} {'is' if len(found) == 1 else 'are'} named more than once, and read as often"
+    )
+    return [listed(f"{text}, such as {found[0]}", found)] if found else []
 
 
 class FileReader:
@@ -238,6 +306,13 @@ class FileReader:
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         return (self._folder / self._paths[index]).open("rb"), 0
+
+    def size_of(self, index: int) -> int | None:
+        """Bytes of a file; None where it cannot be opened."""
+        try:
+            return (self._folder / self._paths[index]).stat().st_size
+        except OSError:
+            return None
 
 
 def open_files(name: str, paths: Sequence[str]) -> ImageCollection:
@@ -315,20 +390,14 @@ def _open_shards(data: str, location: str) -> ImageStream:
 
 def _open_hugging_face(data: str, prefix: str, location: str, split: str) -> ImageCollection | ImageStream:
     check_installed("hub", "reading Hugging Face data sets needs `datasets`", "datasets")
-    import datasets
-
     name, num_samples = parse_location(data, location)
     with opening(data, split):
-        features = datasets.load_dataset_builder(name).info.features
-        columns = [key for key, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
-        if features and not columns:
-            raise UserError(f"{data} has no column of images: its columns are {', '.join(features)}")
-        # The columns of local files are unknown until they are read; `datasets` then calls theirs "image".
-        column = columns[0] if columns else "image"
+        table = hugging_face.load(name, split, streamed=prefix == "hfids")
+        column = hugging_face.image_column(data, table.features or {})
         # timm requires a label column; naming the images' own column as the label makes do without.
         if prefix == "hfids":
             return stream_hugging_face(data, name, split, column, column, num_samples)
-        reader = create_reader(f"hfds/{name}", split=split, input_key=column, target_key=column)
+        reader = hugging_face.HuggingFaceReader(table, column)
     return ImageCollection(data, reader, "row {}".format)
 
 
