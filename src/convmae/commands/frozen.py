@@ -18,7 +18,7 @@ from convmae import weights as weights_files
 from convmae.commands.options import BatchOptions
 from convmae.data.augmentation import CenterCrop
 from convmae.data.demo import demo_photographs
-from convmae.data.folders import EXTENSIONS, counted
+from convmae.data.folders import EXTENSIONS
 from convmae.data.lists import is_list
 from convmae.data.loading import Loading, build_evaluation_loader
 from convmae.data.samples import Transform
@@ -149,10 +149,11 @@ def load_frozen_segmenter(weights: Path, engine: DeviceOptions) -> FrozenSegment
 
 
 def open_ordered_images(images: str | Path | Sequence[str | Path], split: str = "train") -> ImageCollection:
-    """Open an image, folders of images at any depth or lists, `hfds/NAME`, or the `demo` photographs, in a settled order.
+    """Open an image, folders of images at any depth, lists, `hfds/NAME`, or the `demo` photographs, in a settled order.
 
-    Several folders and lists come in a sequence or with commas between them. Files are called by their paths. split: of a Hugging Face data set. Raises UserError where there is nothing to read,
-    for streams, which have no order, and for a path that cannot be written down.
+    Several folders and lists come in a sequence or with commas between them. Files are called by their paths. split: of
+    a Hugging Face data set. Raises UserError where there is nothing to read, for streams, which have no order, and for
+    a path that cannot be written down.
     """
     parts = several(images)
     path = Path(parts[0])
@@ -256,7 +257,6 @@ def report_damaged(damaged: Sequence[str]) -> None:
     """List what was left out, each with its reason, on the terminal's error stream."""
     if damaged:
         console = Console(stderr=True, highlight=False)
-        are = "is" if len(damaged) == 1 else "are"
-        console.print(f"{counted(len(damaged), 'image')} {are} left out, for these reasons:", style="bold red")
+        console.print(f"images that were left out: {len(damaged)}", style="bold red")
         for failure in damaged:
             console.print(failure, markup=False, soft_wrap=True)

@@ -79,9 +79,7 @@ def open_splits(
         training, validation = hold_out(training, val_fraction, seed, kept)
     else:
         if val_fraction is not None:
-            raise UserError(
-                f"{validation.name} is there to judge by: leave --val-fraction out, or give --val-split none"
-            )
+            raise UserError(f"{validation.name} is there to judge by: leave out --val-fraction")
     compare_splits(training, validation)
     return training, validation
 

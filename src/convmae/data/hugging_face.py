@@ -17,14 +17,21 @@ _IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "png")  # where sev
 _logger = logging.getLogger(__name__)
 
 
-def load(name: str, split: str, streamed: bool) -> Any:
-    """The data set, quietly but for one line where it may have to be downloaded."""
+def split_names(name: str) -> list[str]:
+    """The splits of a data set."""
     import datasets
 
-    if not Path(name).exists():
+    datasets.disable_progress_bars()
+    return datasets.get_dataset_split_names(name)
+
+
+def load(name: str, split: str, streamed: bool) -> Any:
+    """The data set, with one line of ours in the place of progress bars where it may have to be downloaded."""
+    import datasets
+
+    if not streamed and not Path(name).exists():
         _logger.info("%s is downloaded and prepared where that has not been done before", name)
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
     return datasets.load_dataset(name, split=split, streaming=streamed)
 
 

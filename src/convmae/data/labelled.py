@@ -120,10 +120,8 @@ def compare_splits(training: ImageCollection | ImageStream, validation: ImageCol
         raise UserError(f"{validation.name} has no image of any class, so no figure can be given: add some")
     missing = [name for name, count in zip(training.classes, counts.tolist(), strict=True) if not count]
     if missing:
-        have = "class has" if len(missing) == 1 else "classes have"
-        text = (
-            f"{len(missing)} of {len(training.classes)} {have} no validation image and no figure, such as {missing[0]}"
-        )
+        have = "has" if len(missing) == 1 else "have"
+        text = f"{len(missing)} of {len(training.classes)} classes {have} no validation image and no figure, such as {missing[0]}"
         validation.findings.append(listed(text, missing))
     if isinstance(training, ImageCollection):
         validation.findings += repeated_images(training, validation)
@@ -152,8 +150,8 @@ def _check_labels(source: ImageCollection, labels: numpy.ndarray, is_training: b
         raise UserError(f"{source.name} has images of fewer classes than can be told apart: add images of others")
     empty = [name for name, count in zip(source.classes, counts.tolist(), strict=True) if not count]
     if empty:
-        have = "class has" if len(empty) == 1 else "classes have"
-        text = f"{len(empty)} of {len(source.classes)} {have} no training image and will not be learned"
+        have = "has" if len(empty) == 1 else "have"
+        text = f"{len(empty)} of {len(source.classes)} classes {have} no training image and will not be learned"
         source.findings.append(listed(f"{text}, such as {empty[0]}", empty))
 
 
@@ -384,11 +382,9 @@ def _stream_hugging_face(data: str, location: str, split: str, shuffled: bool) -
 def _hugging_face_split(data: str, name: str, split: str) -> str:
     """The split's own name."""
     check_installed("hub", "reading Hugging Face data sets needs `datasets`", "datasets")
-    import datasets
-
     if not name:
         raise UserError(f"{data} names no data set: write {data}NAME")
-    available = datasets.get_dataset_split_names(name)
+    available = hugging_face.split_names(name)
     found = next((known for known in _called(split) if known in available), None)
     if found is None:
         known = ", ".join(available)

@@ -8,8 +8,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchmetrics import MeanMetric, SumMetric
-from torchmetrics.classification import MultilabelAveragePrecision
+from torchmetrics import MeanMetric, Metric, SumMetric
+from torchmetrics.classification import BinaryAveragePrecision, MultilabelAveragePrecision
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ def judge_multi_label(
     batches: this process's, images (B, C, H, W) and labels (B, num_classes), 1 where an image is of a class and else 0,
     on its device. The model is put into evaluation mode and back.
     """
-    precision = MultilabelAveragePrecision(num_classes, average="none").to(fabric.device)
+    precision: Metric = BinaryAveragePrecision()  # the other one refuses a single class
+    if num_classes > 1:
+        precision = MultilabelAveragePrecision(num_classes, average="none")
+    precision.to(fabric.device)
     loss = MeanMetric().to(fabric.device)
     counts = [SumMetric().to(fabric.device) for _ in range(num_classes)]
     was_training = model.training
