@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 
 from convmae.commands import COMMANDS, command
 from convmae.errors import UserError
+from convmae.quiet import quiet_libraries
 from convmae.training.loop import Interrupted
 
 
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)]
     )
     logging.getLogger("convmae").setLevel(logging.INFO)
+    quiet_libraries()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
         auto_cli(

@@ -363,3 +363,152 @@ def test_folders_that_do_not_fit_are_refused(copied, autoencoder_file, tmp_path,
 def test_the_command_line_ends_with_one_line_and_status_2(refused, labelled, flags, message):
     small = ["--model", "tiny", "--image-size", "32", "--engine.accelerator", "cpu", "--engine.workers", "0"]
     refused(message, "finetune", "--data", labelled, *small, *flags)
+
+
+# Several classes an image, and images held out
+
+
+@pytest.fixture(scope="module")
+def table(labelled, tmp_path_factory):
+    """The same images by a table, each of its colour and of "dark" or not; a class without a validation image."""
+    rows = ["path,labels,split"]
+    for path in sorted(labelled.rglob("*.png")):
+        dark = "|dark" if path.parent.name in ("brown", "crimson", "green") else ""
+        rare = "|rare" if path.name == "07.png" else ""
+        rows.append(f"{path},{path.parent.name}{dark}{rare},{path.parts[-3]}")
+    file = tmp_path_factory.mktemp("table") / "images.csv"
+    file.write_text("\n".join(rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def several(table, autoencoder_file, tmp_path_factory, small_finetuning):
+    """A run with several classes an image; treat it as read-only."""
+    output = tmp_path_factory.mktemp("several") / "run"
+    return small_finetuning(table, output, autoencoder_file, epochs=6, batch_size=8)
+
+
+NAMES = sorted([*COLOURS, "dark", "rare"])
+
+
+def judged_rows(table, weights):
+    """Validation paths, probabilities (N, 8), and truth (N, 8), each image by itself."""
+    with table.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "val"]
+    model = convmae.load(weights).eval()
+    found = []
+    with torch.inference_mode():
+        for row in rows:
+            image = CenterCrop(32)(Resize(36, InterpolationMode.BICUBIC)(Image.open(row["path"])))
+            found.append(model(PILToTensor()(image)[None])[0].sigmoid())
+    truth = torch.tensor([[float(name in row["labels"].split("|")) for name in NAMES] for row in rows])
+    return [row["path"] for row in rows], torch.stack(found), truth
+
+
+def test_several_classes_an_image_are_learned_and_judged(several, table, capsys):
+    from sklearn.metrics import average_precision_score
+
+    _, probabilities, truth = judged_rows(table, several.checkpoint)
+    expected = {
+        name: average_precision_score(truth[:, number], probabilities[:, number])
+        for number, name in enumerate(NAMES)
+        if name != "rare"
+    }
+    assert {name: several.per_class[name] for name in expected} == pytest.approx(expected, abs=1e-3)
+    assert math.isnan(several.per_class["rare"])
+    assert several.mean_average_precision == pytest.approx(sum(expected.values()) / 7, abs=1e-3)
+    assert several.mean_average_precision > 0.6
+    assert expected["dark"] > 0.8  # half of the images would score 0.5 by chance
+    assert several.confusion_matrix is None
+    assert not (several.folder / "confusion.png").exists()
+    losses = [record["loss"] for record in read_metrics(several.folder)]
+    assert losses[0] == pytest.approx(math.log(2), abs=0.01)  # each class by itself, the new head near zero
+    evaluated = [record["map"] for record in read_metrics(several.folder) if "map" in record]
+    assert max(evaluated) == pytest.approx(several.mean_average_precision)
+    with (several.folder / "per-class.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["class", "images", "average_precision"]
+    assert ["rare", "0", "-"] in rows
+    assert [int(count) for _, count, _ in rows] == truth.sum(0).int().tolist()
+    report = (several.folder / "data-report.txt").read_text()
+    assert "1 of 8 classes has no validation image and no figure, such as rare" in report
+
+
+def test_the_model_names_all_classes_above_a_threshold(several, table, tmp_path):
+    assert convmae.load(several.checkpoint).multi_label
+    paths, probabilities, _ = judged_rows(table, several.checkpoint)
+    list_file = tmp_path / "list.txt"
+    list_file.write_text("\n".join(paths))
+    for threshold in (None, 0.2, 1.0):
+        least = 0.5 if threshold is None else threshold
+        found = convmae.predict(
+            str(list_file),
+            several.checkpoint,
+            tmp_path / "p.csv",
+            threshold=threshold,
+            engine=DeviceOptions("cpu", "float32", 0),
+        )
+        assert [one.path for one in found] == paths
+        for one, values in zip(found, probabilities, strict=True):
+            assert set(one.classes) == {name for name, value in zip(NAMES, values, strict=True) if value >= least}
+            assert sorted(one.probabilities, reverse=True) == list(one.probabilities)
+        with (tmp_path / "p.csv").open(newline="") as file:
+            header, *rows = csv.reader(file)
+        most = max(len(one.classes) for one in found)
+        assert len(header) == 1 + 2 * most
+        assert {len(row) for row in rows} == {len(header)}
+    with pytest.raises(convmae.UserError, match=r"threshold is 2: choose a probability from 0 to 1"):
+        convmae.predict(str(list_file), several.checkpoint, threshold=2)
+
+
+def test_a_run_of_several_classes_resumes(table, several, autoencoder_file, tmp_path, same, small_finetuning, labelled):
+    copy = shutil.copytree(several.folder, tmp_path / "run")
+    again = small_finetuning(table, copy, autoencoder_file, epochs=6, batch_size=8, resume=True)
+    assert again.mean_average_precision == pytest.approx(several.mean_average_precision)
+    assert same(model_of(again.checkpoint), model_of(several.checkpoint))
+    with pytest.raises(convmae.UserError, match="several classes an image, which only convmae finetune learns"):
+        convmae.probe(str(table), autoencoder_file, output=tmp_path / "probe", engine=IN_PROCESS)
+
+
+def test_a_classifier_of_one_class_an_image_takes_no_threshold(finished, labelled):
+    with pytest.raises(convmae.UserError, match="gives each image one class, so there is no threshold"):
+        convmae.predict(str(labelled / "val"), finished.folder, threshold=0.5, engine=IN_PROCESS)
+
+
+def test_a_share_is_held_out_where_there_is_no_validation_split(
+    labelled, autoencoder_file, tmp_path, small_finetuning, capsys
+):
+    data = tmp_path / "data"
+    shutil.copytree(labelled / "train", data / "train")
+    with pytest.raises(convmae.UserError, match=r"has no folder val/.*--val-fraction 0\.1"):
+        small_finetuning(data, tmp_path / "run", autoencoder_file)
+    settings = {"val_fraction": 0.25, "checkpoint": EVERY_EPOCH}
+    first = small_finetuning(data, tmp_path / "run", autoencoder_file, epochs=1, **settings)
+    listed = (tmp_path / "run" / "validation-images.txt").read_text().splitlines()
+    assert [Path(name).parent.name for name in listed] == [name for name in COLOURS for _ in range(2)]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["val_fraction"] == 0.25
+    assert "36 images of 6 classes" in capsys.readouterr().err
+    right = 0
+    for one in convmae.predict([str(data / "train")], first.checkpoint, engine=DeviceOptions("cpu", "float32", 0)):
+        right += one.path in listed and one.classes[0] == Path(one.path).parent.name
+    assert first.top1 == pytest.approx(right / 12)
+    (data / "train" / "green" / "new.png").write_bytes((data / "train" / "green" / "00.png").read_bytes())
+    small_finetuning(data, tmp_path / "run", autoencoder_file, epochs=2, resume=True, **settings)
+    assert (tmp_path / "run" / "validation-images.txt").read_text().splitlines() == listed
+    assert "37 images of 6 classes" in capsys.readouterr().err
+
+
+def test_the_same_image_on_both_sides_is_told(labelled, autoencoder_file, tmp_path, small_finetuning, capsys):
+    data = shutil.copytree(labelled, tmp_path / "data")
+    shutil.copy(data / "train" / "green" / "03.png", data / "val" / "green" / "other.png")
+    (data / "val" / "green" / "._x.png").write_bytes(b"resource fork")
+    shutil.rmtree(data / "val" / "white")
+    small_finetuning(data, tmp_path / "run", autoencoder_file, epochs=1)
+    printed = capsys.readouterr().err
+    assert "1 image is in training, too, such as" in printed
+    assert "1 image in hidden files and folders, as systems and tools leave them, is left out, such as" in printed
+    assert "1 of 6 classes has no validation image and no figure, such as white" in printed
+    report = (tmp_path / "run" / "data-report.txt").read_text()
+    assert f"{data}/val/green/other.png = {data}/train/green/03.png" in report
+    with (tmp_path / "run" / "per-class.csv").open(newline="") as file:
+        assert ["white", "0", "-"] in list(csv.reader(file))

@@ -1,6 +1,7 @@
 """Pretraining from end to end: what a run leaves and starts from, damaged images, other forms, mistakes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,35 @@ def test_folders_without_images_are_refused(tmp_path, kind, small_pretraining):
 def test_other_forms_train_too(photos, tmp_path, changes, small_pretraining):
     result = small_pretraining(photos, tmp_path / "run", epochs=1, **changes)
     assert 0 < result.loss < 10
+
+
+def test_a_run_inside_its_data_does_not_learn_from_its_own_pictures(photos, tmp_path, capsys, small_pretraining):
+    data = shutil.copytree(photos, tmp_path / "photos")
+    for output in (data / "runs" / "first", data):
+        small_pretraining(data, output, epochs=1)
+        assert "12 images, 1 epochs of 3 steps" in capsys.readouterr().err
+        assert list(output.rglob("latest.png"))
+        again = small_pretraining(data, output, epochs=2, resume=True)
+        printed = capsys.readouterr().err
+        assert "12 images, 2 epochs of 3 steps" in printed
+        assert "drawn by training runs in this folder are left out" in printed
+        assert again.steps == 6
+    assert f"{data}: " in (data / "data-report.txt").read_text()
+
+
+def test_several_folders_and_lists_are_one_data_set(photos, tmp_path, capsys, command_line, small_pretraining):
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted((photos / "depth1").rglob("*.png"))))
+    data = [str(photos / "depth0"), str(tmp_path / "list.txt")]
+    flags = ["--model", "tiny", "--epochs", "1", "--batch-size", "4", "--image-size", "32", "--engine.workers", "0"]
+    joined = ",".join(data)
+    status, _, printed = command_line("pretrain", "--data", joined, *flags, "--output", tmp_path / "a")
+    assert status == 0, printed
+    assert "8 images, 1 epochs of 2 steps" in " ".join(printed.split())
+    (tmp_path / "several.yaml").write_text(yaml.safe_dump({"data": data}))
+    status, _, printed = command_line(
+        "pretrain", "--config", tmp_path / "several.yaml", *flags, "--output", tmp_path / "b"
+    )
+    assert status == 0, printed
+    assert yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())["data"] == data
+    one, other = (load_file(convmae.weights.locate(tmp_path / name)) for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)

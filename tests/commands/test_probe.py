@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from convmae.kinds import load_classifier
 from convmae.tasks.classification.job import ClassificationJob
 from convmae.training import run
 from convmae.training.checkpoint import CheckpointOptions
-from convmae.training.engine import EngineOptions
+from convmae.training.engine import DeviceOptions, EngineOptions
 from convmae.training.logging import read_metrics
 from convmae.training.optimizer import LarsOptions
 
@@ -337,3 +338,20 @@ def test_the_command_line_ends_with_one_line_and_status_2(refused, overlapping, 
     given = ("--data", overlapping, "--weights", autoencoder_file)
     refused("neighbours is 0", "probe", *given, "--neighbours", "0")
     refused("--form cannot be 'slow'", "probe", *given, "--form", "slow")
+
+
+@pytest.mark.parametrize("form", ["fast", "published"])
+def test_a_share_is_held_out_where_there_is_no_validation_split(
+    overlapping, autoencoder_file, tmp_path, form, small_probe
+):
+    shutil.copytree(overlapping / "train", tmp_path / "data" / "train")
+    given = (tmp_path / "data", tmp_path / "out", autoencoder_file)
+    with pytest.raises(convmae.UserError, match=r"has no folder val/.*--val-fraction 0\.1"):
+        small_probe(*given, form=form, epochs=1)
+    result = small_probe(*given, form=form, epochs=1, val_fraction=0.25)
+    listed = (tmp_path / "out" / "validation-images.txt").read_text().splitlines()
+    total = len(list((tmp_path / "data").rglob("*.png")))
+    assert len(listed) == total // 4
+    found = convmae.predict(str(tmp_path / "data"), result.checkpoint, engine=DeviceOptions("cpu", "float32", 0))
+    right = sum(one.classes[0] == Path(one.path).parent.name for one in found if one.path in listed)
+    assert result.top1 == pytest.approx(right / len(listed))

@@ -185,6 +185,58 @@ def test_hugging_face_columns_of_any_name(datasets, tmp_path):
     assert contents(collection) == [("bright", 5), ("bright", 7), ("dull", 6)]
 
 
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [(["owl", "ant", "owl", "bee"], ["ant", "bee", "owl"]), ([10, 9, 10, -1], ["-1", "9", "10"])],
+)
+def test_hugging_face_labels_as_text_or_numbers(datasets, tmp_path, labels, names):
+    """Names are the values, sorted; another split takes the numbers of training."""
+    pandas = pytest.importorskip("pandas")
+    files = []
+    for value in range(4):
+        file = io.BytesIO()
+        plain(value).save(file, "PNG")
+        files.append(file.getvalue())
+    (tmp_path / "data").mkdir()
+    pandas.DataFrame({"id": range(4), "photo": files, "Label": labels}).to_parquet(tmp_path / "data" / "train.parquet")
+    pandas.DataFrame({"id": [0], "photo": files[2:3], "Label": labels[2:3]}).to_parquet(
+        tmp_path / "data" / "validation.parquet"
+    )
+    training = open_labelled_images(f"hfds/{tmp_path / 'data'}", "train")
+    assert training.classes == names
+    assert contents(training) == sorted((str(label), value) for value, label in enumerate(labels))
+    validation = open_labelled_images(f"hfds/{tmp_path / 'data'}", "val", training.classes)
+    assert (validation.classes, contents(validation)) == (names, [(str(labels[2]), 2)])
+    assert validation.labels.tolist() == [2]
+    message = refusal(f"hfids/{tmp_path / 'data'}|4", "train")
+    assert "the classes in 'Label' of" in message
+    assert "are unknown before all is read: read it as hfds/" in message
+
+
+def test_hugging_face_rows_without_a_label_are_refused(datasets, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    (tmp_path / "data").mkdir()
+    frame = pandas.DataFrame({"image": [b"x"] * 3, "label": ["a", None, "b"]})
+    frame.to_parquet(tmp_path / "data" / "train.parquet")
+    expected = "1 of 3 rows have no 'label', the first is row 1: add it"
+    assert expected in refusal(f"hfds/{tmp_path / 'data'}", "train")
+
+
+def test_classes_without_training_images_are_counted(datasets, tmp_path):
+    kinds = datasets.ClassLabel(names=["ant", "bee", "cow"])
+    features = datasets.Features({"image": datasets.Image(), "label": kinds})
+    (tmp_path / "data").mkdir()
+    for split, labels in (("train", [2, 0]), ("test", [-1, 0])):
+        columns = {"image": [plain(1), plain(2)], "label": labels}
+        datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    training = open_labelled_images(f"hfds/{tmp_path / 'data'}", "train")
+    assert [finding.summary for finding in training.findings] == [
+        "1 of 3 classes has no training image and will not be learned, such as bee"
+    ]
+    message = refusal(f"hfds/{tmp_path / 'data'}", "test", training.classes)
+    assert "has 1 image without a class (number -1): choose another split" in message
+
+
 def test_hugging_face_data_set_without_pictures_or_classes_is_refused(datasets, tmp_path):
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "train.csv").write_text("name,size\na,1\nb,2\n")

@@ -57,11 +57,11 @@ def test_folder_mistakes_name_the_cure(tmp_path):
         open_images(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is empty"):
         open_images(tmp_path)
-    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "notes.md").write_text("no image")
     with pytest.raises(UserError, match=r"holds no images: accepted are .*\.webp"):
         open_images(tmp_path)
     with pytest.raises(UserError, match="is a file"):
-        open_images(tmp_path / "notes.txt")
+        open_images(tmp_path / "notes.md")
 
 
 @pytest.mark.parametrize("data", ["demo", "wds/x-{0..1}.tar", "hfds/x", "hfids/x"])
@@ -163,3 +163,49 @@ def test_hugging_face_data_set_without_labels(prefix, folder, tmp_path, monkeypa
     assert all(len(batch["images"]) == 4 for batch in batches)
     with pytest.raises(UserError, match="split nowhere, cannot be opened"):
         open_images(data, split="nowhere")
+
+
+def parquet(folder, form, encoded, plain):
+    """Three rows as pandas or `datasets` write them, the second without an image."""
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    folder.mkdir()
+    files = [encoded(plain(number)).getvalue() if number != 2 else None for number in (1, 2, 3)]
+    if form == "struct":
+        files = [data and {"bytes": data, "path": "x.png"} for data in files]
+    if form == "typed":
+        images = [data and Image.open(io.BytesIO(data)) for data in files]
+        features = datasets.Features({"number": datasets.Value("int64"), "scan": datasets.Image()})
+        datasets.Dataset.from_dict({"number": [5, 6, 7], "scan": images}, features).to_parquet(folder / "t.parquet")
+    else:
+        pandas.DataFrame({"number": [5, 6, 7], "scan": files}).to_parquet(folder / "t.parquet")
+
+
+@pytest.mark.parametrize("form", ["bytes", "struct", "typed"])
+@pytest.mark.parametrize("prefix", ["hfds", "hfids"])
+def test_hugging_face_images_in_a_column_of_any_name(form, prefix, tmp_path, monkeypatch, encoded, plain, capfd):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    parquet(tmp_path / "data", form, encoded, plain)
+    capfd.readouterr()
+    source = open_images(f"{prefix}/{tmp_path / 'data'}{'|3' if prefix == 'hfids' else ''}")
+    batches = epoch_of(loader(source, batch_size=1))
+    assert {value for batch in values(batches) for value in batch} == {1, 3}
+    failed = {failure for batch in batches for failure in batch["failed"]}
+    assert failed
+    assert all(failure.endswith(": the row has no image") for failure in failed)
+    assert capfd.readouterr() == ("", "")  # no progress bars of the library
+
+
+def test_hugging_face_columns_that_may_be_the_images(tmp_path, monkeypatch):
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, columns in (("two", ["left", "right"]), ("named", ["mask", "Image"]), ("none", [])):
+        (tmp_path / name).mkdir()
+        frame = pandas.DataFrame({"number": [1], **{column: [b"x"] for column in columns}})
+        frame.to_parquet(tmp_path / name / "t.parquet")
+    with pytest.raises(UserError, match="several columns of files, left, right: name that of the images 'image'"):
+        open_images(f"hfds/{tmp_path / 'two'}")
+    with pytest.raises(UserError, match="has no column of images: its columns are number"):
+        open_images(f"hfds/{tmp_path / 'none'}")
+    source = open_images(f"hfds/{tmp_path / 'named'}")
+    assert source.open(0).read() == b"x"

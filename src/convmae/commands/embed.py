@@ -16,6 +16,7 @@ from convmae.commands.frozen import (
     report_damaged,
 )
 from convmae.commands.options import BatchOptions, CropOptions, LimitOptions, spread
+from convmae.data.sources import several
 from convmae.errors import UserError, check_choice
 from convmae.evaluation.feature_files import SUFFIXES, FeatureParts, check_names
 from convmae.evaluation.features import extract_features
@@ -37,7 +38,7 @@ class Embedding:
 
 @spread("crop", "reading", "limits")
 def embed(
-    data: str,
+    data: str | list[str],
     output: Path,
     weights: Path,
     stage: Literal["pooled", "stage1", "stage2", "stage3"] = "pooled",
@@ -52,7 +53,8 @@ def embed(
     on where it stood.
 
     Args:
-        data: a folder of images at any depth, hfds/NAME, or demo.
+        data: a folder of images at any depth; a list of images, .txt, or .csv with a column path; several of these with
+            commas between them; hfds/NAME; or demo.
         output: the file; its name ends in .parquet or .safetensors.
         weights: a run's folder, a checkpoint or a weights file, ours or published.
         stage: pooled, one vector an image; or a map, stage1, stage2 or stage3, at 1/4, 1/8 or 1/16 of the image's size.
@@ -71,7 +73,7 @@ def embed(
     size = "x".join(map(str, model.image_size))
     digest = model.digest()
     run = {
-        "data": str(data),
+        "data": ", ".join(several(data)),
         "number of images": len(names),
         "names of images": hashlib.sha256("\n".join(names).encode()).hexdigest(),
         "weights": digest,
@@ -98,7 +100,7 @@ def embed(
         "weights_sha256": digest,
         "image_size": size,
         "crop_pct": str(model.crop_pct),
-        "data": str(data),
+        "data": ", ".join(several(data)),
     }
     shape = parts.join(output, names, facts)
     damaged = parts.damaged + batches.damaged

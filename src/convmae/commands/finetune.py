@@ -13,9 +13,10 @@ from convmae.commands.options import PixelOptions, flat_settings, origin_of, spr
 from convmae.commands.pixels import settle_pixels, tell_no_colours
 from convmae.data.augmentation import AugmentationOptions
 from convmae.data.failures import DecodingFailures
-from convmae.data.labelled import open_labelled_images
+from convmae.data.holdout import open_splits, read_held_out, write_held_out
 from convmae.errors import check_rate
 from convmae.evaluation.accuracy import Accuracy
+from convmae.evaluation.multi_label import AveragePrecision
 from convmae.kinds import create_classifier, load_classifier
 from convmae.models.classifier import Classifier
 from convmae.tasks.classification.job import FinetuningJob
@@ -36,14 +37,17 @@ class FinetuningResult:
     checkpoint: Path
     """Folder with the best model's file; pass it to convmae.load or any --weights."""
     top1: float
-    """Share of validation images whose class is the first guess, in [0, 1]."""
+    """Share of validation images whose class is the first guess, in [0, 1]; not a number where images have several."""
     top5: float
     loss: float
     per_class: dict[str, float]
-    """Share of each class's validation images that were recognised."""
-    confusion_matrix: Path
+    """Share of each class's validation images that were recognised; its average precision where images have several."""
+    confusion_matrix: Path | None
+    """None where images are of several classes."""
     loss_curve: Path
     steps: int
+    mean_average_precision: float | None = None
+    """Where images may be of several classes, in [0, 1]."""
 
 
 @spread("options", "pixels")
@@ -68,12 +72,13 @@ def finetune(
     skip_damaged: bool = False,
     augmentation: AugmentationOptions = AugmentationOptions(),
     pixels: PixelOptions = PixelOptions(),
+    val_fraction: float | None = None,
 ) -> FinetuningResult:
     """Fine-tune a pretrained encoder to classify images, or train one from scratch; the paper's batches are of 1024.
 
     Args:
-        data: a folder with train/CLASS/images and val/CLASS/images; wds/FOLDER, hfds/NAME,
-            hfids/NAME, tfds/NAME or torch/NAME.
+        data: a folder with train/CLASS/images and val/CLASS/images; a table, .csv or .tsv, with the columns path, label
+            and split, or one of 0 and 1 for each class; wds/FOLDER, hfds/NAME, hfids/NAME, tfds/NAME or torch/NAME.
         weights: a pretraining run, checkpoint or file, ours or published; left out, training starts from scratch.
         model: size, for training from scratch: tiny, small, base, large or huge.
         image_size: pixels, one number or [height, width], multiples of 16; by default that of the weights, else 224.
@@ -88,21 +93,34 @@ def finetune(
         val_split: split that decides which model is the best.
         skip_damaged: leave out and list images that cannot be decoded instead of stopping.
         augmentation: how training images are varied.
+        val_fraction: share of each class's training images that is held out to choose the best model, such as 0.1,
+            where there is no val_split.
+
+    Where a table gives images several labels, with | between them, each class is learned by itself, by binary
+    cross-entropy, and the mean average precision decides which model is the best.
 
     Raises UserError for settings or data that cannot work, and Interrupted after SIGTERM or Ctrl-C, a checkpoint being
     written.
     """
     settings = flat_settings(locals())
     check_rate(drop_path=drop_path)
-    training = open_labelled_images(data, train_split, shuffled=True)
-    validation = open_labelled_images(data, val_split, training.classes)
     run = Run(options, settings)
+    training, validation = open_splits(
+        data,
+        train_split,
+        val_split,
+        val_fraction=val_fraction,
+        seed=options.seed,
+        kept=read_held_out(options.output) if run.checkpoint is not None else (),
+        shuffled=True,
+    )
     torch.manual_seed(options.seed)
     stated = {"image_size": image_size, "in_channels": in_channels, "crop_pct": crop_pct}
     network = _network(
         weights,
         model,
         training.classes,
+        training.multi_label,
         drop_path=drop_path,
         **{name: value for name, value in stated.items() if value is not None},
     )
@@ -112,6 +130,8 @@ def finetune(
     network.set_grad_checkpointing(options.grad_checkpointing)
 
     fabric = run.start()
+    if val_fraction is not None and fabric.is_global_zero:
+        write_held_out(options.output, validation)
     images_of_a_pass = divide_batch(options.batch_size, fabric.world_size, options.accumulate)
     job = FinetuningJob(
         fabric,
@@ -131,42 +151,49 @@ def finetune(
     return _finish(run.train(fabric, job), training.classes)
 
 
-def _network(weights: Path | None, model: str, classes: list[str], **settings: Any) -> Classifier:
+def _network(weights: Path | None, model: str, classes: list[str], multi_label: bool, **settings: Any) -> Classifier:
     """The classifier to begin with; a head of the same classes is kept, a new one begins near zero."""
     if weights is None:
-        return create_classifier(model, num_classes=len(classes), classes=classes, **settings)
+        return create_classifier(model, num_classes=len(classes), classes=classes, multi_label=multi_label, **settings)
     network = load_classifier(weights, global_pool="avg", **settings)
-    if network.num_classes != len(classes) or network.classes not in (None, classes):
+    same = network.num_classes == len(classes) and network.classes in (None, classes)
+    if not same or network.multi_label != multi_label:
         network.reset_classifier(len(classes))
         nn.init.trunc_normal_(cast(nn.Linear, network.head).weight, std=2e-5)
-    network.classes = classes
+    network.classes, network.multi_label = classes, multi_label
     return network
 
 
-def _finish(finished: Finished[Classifier, Accuracy], classes: list[str]) -> FinetuningResult:
-    """Draw the pictures, write the accuracy per class, print the summary, and say where everything is."""
-    accuracy, folder = cast(Accuracy, finished.quality), finished.folder
+def _finish(finished: Finished[Classifier, Accuracy | AveragePrecision], classes: list[str]) -> FinetuningResult:
+    """Draw the pictures, write the figures per class, print the summary, and say where everything is."""
+    quality, folder = finished.quality, finished.folder
     curve, confusion, table = folder / "loss.png", folder / "confusion.png", folder / "per-class.csv"
-    per_class = dict(zip(classes, accuracy.per_class().tolist(), strict=True))
+    if isinstance(quality, AveragePrecision):
+        figure, shares, counts = "average precision", quality.classes, quality.counts
+        top1 = top5 = math.nan
+        figures = {"mean average precision": f"{quality.score:.2%}"}
+    else:
+        assert quality is not None
+        figure, shares, counts = "accuracy", quality.per_class(), quality.confusion.sum(dim=1)
+        top1, top5 = quality.top1, quality.top5
+        figures = {"top-1": f"{top1:.2%}", "top-5": f"{top5:.2%}"}
+    per_class = dict(zip(classes, shares.tolist(), strict=True))
     if finished.log.active:
         loss_curve(curve, read_metrics(folder))
-        confusion_picture(confusion, accuracy.confusion, classes)
-        with table.open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["class", "images", "accuracy"])
-            counts = accuracy.confusion.sum(dim=1).tolist()
-            rows.writerows((name, count, share) for (name, share), count in zip(per_class.items(), counts, strict=True))
+        if isinstance(quality, Accuracy):
+            confusion_picture(confusion, quality.confusion, classes)
+        _write_table(table, figure.replace(" ", "_"), per_class, counts.tolist())
     tested = {name: share for name, share in per_class.items() if not math.isnan(share)}
     hardest = sorted(tested, key=tested.__getitem__)[:5]
+    drawn = {"confusion matrix": str(confusion)} if isinstance(quality, Accuracy) else {}
     finished.summary(
         "fine-tuning finished",
         {
-            "top-1": f"{accuracy.top1:.2%}",
-            "top-5": f"{accuracy.top5:.2%}",
+            **figures,
             "hardest classes": ", ".join(f"{name} {tested[name]:.0%}" for name in hardest),
             "best model": str(finished.checkpoint),
-            "confusion matrix": str(confusion),
-            "accuracy per class": str(table),
+            **drawn,
+            f"{figure} per class": str(table),
             "loss curve": str(curve),
             "images that could not be decoded": str(DecodingFailures(folder).count),
         },
@@ -174,11 +201,21 @@ def _finish(finished: Finished[Classifier, Accuracy], classes: list[str]) -> Fin
     return FinetuningResult(
         folder,
         finished.checkpoint,
-        accuracy.top1,
-        accuracy.top5,
-        accuracy.loss,
+        top1,
+        top5,
+        quality.loss,
         per_class,
-        confusion,
+        confusion if isinstance(quality, Accuracy) else None,
         curve,
         finished.position.step,
+        quality.score if isinstance(quality, AveragePrecision) else None,
     )
+
+
+def _write_table(path: Path, figure: str, per_class: dict[str, float], counts: list[int]) -> None:
+    """Write the figure of each class, "-" for one without images."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "images", figure])
+        for (name, share), count in zip(per_class.items(), counts, strict=True):
+            rows.writerow((name, count, "-" if math.isnan(share) else share))

@@ -18,10 +18,12 @@ from convmae import weights as weights_files
 from convmae.commands.options import BatchOptions
 from convmae.data.augmentation import CenterCrop
 from convmae.data.demo import demo_photographs
+from convmae.data.folders import EXTENSIONS
 from convmae.data.inspection import inspect_images
+from convmae.data.lists import is_list
 from convmae.data.loading import Loading, build_evaluation_loader
 from convmae.data.samples import Transform
-from convmae.data.sources import EXTENSIONS, ImageCollection, ImageStream, open_files, open_images
+from convmae.data.sources import ImageCollection, ImageStream, open_files, open_images, several
 from convmae.errors import UserError
 from convmae.kinds import load, load_classifier
 from convmae.models.classifier import Classifier
@@ -154,31 +156,35 @@ def load_frozen_segmenter(weights: Path, engine: DeviceOptions, max_pixels: int 
     return FrozenSegmenter(network, fabric, file, loader_workers(engine, fabric), max_pixels=max_pixels)
 
 
-def open_ordered_images(images: str | Path, split: str = "train") -> ImageCollection:
-    """Open an image, a folder of images at any depth, `hfds/NAME`, or the `demo` photographs, in a settled order.
+def open_ordered_images(images: str | Path | Sequence[str | Path], split: str = "train") -> ImageCollection:
+    """Open an image, folders of images at any depth, lists, `hfds/NAME`, or the `demo` photographs, in a settled order.
 
-    Files are called by their paths. split: of a Hugging Face data set. Raises UserError where there is nothing to read,
-    for streams, which have no order, and for a path that cannot be written down.
+    Several folders and lists come in a sequence or with commas between them. Files are called by their paths. split: of
+    a Hugging Face data set. Raises UserError where there is nothing to read, for streams, which have no order, and for
+    a path that cannot be written down.
     """
-    path = Path(images)
-    if path.is_file():
+    parts = several(images)
+    path = Path(parts[0])
+    if len(parts) == 1 and path.is_file() and not is_list(path):
         if path.suffix.lower() not in EXTENSIONS:
             raise UserError(f"{images} is no image: accepted are {' '.join(EXTENSIONS)}, or a folder of them")
-        return open_files(str(images), [str(images)])
-    if str(images) == "demo":
+        return open_files(parts[0], parts)
+    if parts == ["demo"]:
         return open_files("demo", [str(photograph) for photograph in demo_photographs()])
     source = open_images(images, split)
     if not isinstance(source, ImageCollection):
         raise UserError(f"{images} is a stream, whose images come in no order: give a folder of images or hfds/NAME")
-    if not path.is_dir():
+    if not path.exists():
         return source
-    names = [str(path / source.image_name(index)) for index in range(len(source))]
+    names = [source.image_name(index) for index in range(len(source))]
+    if len(parts) == 1 and path.is_dir():
+        names = [str(path / name) for name in names]
     for name in names:
         try:
             name.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the name of {name!a} is not valid UTF-8: rename it") from error
-    ordered = open_files(str(images), names)
+    ordered = open_files(source.name, names)
     ordered.findings = source.findings
     return ordered
 
@@ -260,9 +266,9 @@ def tell_findings(source: ImageCollection | ImageStream, decoding: Decoding | No
 
 
 def report_damaged(damaged: Sequence[str]) -> None:
-    """List the images that were left out, each with its reason, on the terminal's error stream."""
+    """List what was left out, each with its reason, on the terminal's error stream."""
     if damaged:
         console = Console(stderr=True, highlight=False)
-        console.print(f"damaged images that were left out: {len(damaged)}", style="bold red")
+        console.print(f"images that were left out: {len(damaged)}", style="bold red")
         for failure in damaged:
             console.print(failure, markup=False, soft_wrap=True)

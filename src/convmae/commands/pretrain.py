@@ -48,7 +48,7 @@ class PretrainingResult:
 
 @spread("options", "pixels")
 def pretrain(
-    data: str,
+    data: str | list[str],
     model: str = "base",
     options: EncoderRunOptions = EncoderRunOptions(
         output=Path("runs/pretrain"),
@@ -77,7 +77,8 @@ def pretrain(
     """Pretrain a ConvMAE on unlabelled images; the paper's batches are of 2048.
 
     Args:
-        data: a folder with images at any depth; wds/FOLDER/shards-{0000..0099}.tar; hfds/NAME or hfids/NAME; or demo.
+        data: a folder with images at any depth; a list of images, .txt, or .csv with a column path; several of these
+            with commas between them; wds/FOLDER/shards-{0000..0099}.tar; hfds/NAME or hfids/NAME; or demo.
         model: size: tiny, small, base, large or huge.
         image_size: pixels, one number or [height, width], multiples of 16.
         in_channels: 1 (grey), 3 (RGB), 4 (RGBA), or the number of bands of multi-band TIFF and .npy files.

@@ -20,7 +20,8 @@ from convmae.commands.options import PixelOptions, flat_settings, spread
 from convmae.commands.pixels import settle_pixels
 from convmae.data.augmentation import NO_AUGMENTATION, CenterCrop
 from convmae.data.failures import DecodingFailures
-from convmae.data.labelled import open_labelled_images
+from convmae.data.folders import counted
+from convmae.data.holdout import open_splits, read_held_out, write_held_out
 from convmae.data.loading import build_evaluation_loader
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError, check_choice, check_positive
@@ -78,6 +79,7 @@ def probe(
     val_split: str = "val",
     skip_damaged: bool = False,
     pixels: PixelOptions = PixelOptions(),
+    val_fraction: float | None = None,
 ) -> ProbeResult:
     """Judge a frozen encoder by a linear classifier and by nearest neighbours on its mean-pooled features.
 
@@ -89,8 +91,8 @@ def probe(
     seed and one device of engine.
 
     Args:
-        data: a folder with train/CLASS/images and val/CLASS/images; wds/FOLDER, hfds/NAME,
-            hfids/NAME, tfds/NAME or torch/NAME.
+        data: a folder with train/CLASS/images and val/CLASS/images; a table, .csv or .tsv, with the columns path, label
+            and split; wds/FOLDER, hfds/NAME, hfids/NAME, tfds/NAME or torch/NAME.
         weights: a run, checkpoint or file, ours or published.
         form: fast or published.
         neighbours: how many vote (fast form).
@@ -100,6 +102,8 @@ def probe(
         train_split: split that is learned from.
         val_split: split that is judged on.
         skip_damaged: leave out and list images that cannot be decoded instead of stopping.
+        val_fraction: share of each class's training images that is held out to judge on, such as 0.1, where there is no
+            val_split.
 
     Raises UserError for settings or data that cannot work, and Interrupted after SIGTERM or Ctrl-C, of the published
     form a checkpoint being written.
@@ -108,12 +112,21 @@ def probe(
     check_choice("form", form, ("fast", "published"))
     check_positive(neighbours=neighbours)
     output = options.output
-    training = open_labelled_images(data, train_split, shuffled=form == "published")
-    validation = open_labelled_images(data, val_split, training.classes)
+    holds_run = (output / "checkpoints").exists()  # of the published form, which alone can go on with it
+    training, validation = open_splits(
+        data,
+        train_split,
+        val_split,
+        val_fraction=val_fraction,
+        seed=options.seed,
+        kept=read_held_out(output) if holds_run and options.resume else (),
+        shuffled=form == "published",
+    )
+    if training.multi_label:
+        raise UserError(f"{training.name} has several classes an image, which only convmae finetune learns")
     stated: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct}
     chosen = {name: value for name, value in stated.items() if value is not None}
     network = load_classifier(weights, num_classes=0, global_pool="avg", **chosen)
-    holds_run = (output / "checkpoints").exists()  # of the published form, which alone can go on with it
     if (holds_run and form == "fast") or ((output / RESULT_FILE).exists() and not holds_run):
         raise UserError(f"{output} holds a result: choose another --output")
     began = time.monotonic()
@@ -127,6 +140,7 @@ def probe(
             data=data,
             skip_damaged=skip_damaged,
             decoding=decoding,
+            held_out=val_fraction is not None,
         )
 
     engine = DeviceOptions(options.engine.accelerator, options.engine.precision, options.engine.workers)
@@ -154,6 +168,8 @@ def probe(
         features, labels = (torch.cat(parts).to(fabric.device) for parts in zip(*found, strict=True))
         return features, labels
 
+    if val_fraction is not None:
+        write_held_out(output, validation)
     for source in (training, validation):
         tell_findings(source)
     features, labels = features_of(training)
@@ -181,12 +197,15 @@ def _published(
     data: str,
     skip_damaged: bool,
     decoding: Decoding,
+    held_out: bool,
 ) -> ProbeResult:
-    """Train the layer by the recipe."""
+    """Train the layer by the recipe. held_out: whether the validation images are some of training."""
     options = run.options
     torch.manual_seed(options.seed)
     probed = ProbedEncoder(network, len(training.classes))
     fabric = run.start()
+    if held_out and fabric.is_global_zero:
+        write_held_out(options.output, validation)
     images_of_a_pass = divide_batch(options.batch_size, fabric.world_size, options.accumulate)
     check_batch_statistics(images_of_a_pass)
     job = ProbeJob(
@@ -243,6 +262,5 @@ def _print(rows: dict[str, Accuracy], result: ProbeResult, failures: DecodingFai
         soft_wrap=True,
     )
     if failures.count:
-        console.print(
-            f"{failures.count} images could not be decoded, listed in {result.folder}", markup=False, soft_wrap=True
-        )
+        told = f"{counted(failures.count, 'image')} could not be decoded, listed in {failures.path}"
+        console.print(told, markup=False, soft_wrap=True)

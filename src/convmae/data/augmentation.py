@@ -137,24 +137,34 @@ class CenterCrop:
 class BatchAugmentation:
     """Random erasing, mixup and cutmix of a normalised batch, and label smoothing."""
 
-    def __init__(self, options: AugmentationOptions, num_classes: int, device: torch.device) -> None:
+    def __init__(
+        self, options: AugmentationOptions, num_classes: int, device: torch.device, multi_label: bool = False
+    ) -> None:
+        """multi_label: whether an image may be of several classes; label smoothing then takes each towards a half."""
         if not 0 <= options.label_smoothing < 1 or not 0 <= options.random_erasing <= 1:
             raise UserError("label_smoothing and random_erasing are shares: choose 0 to 1")
-        self._num_classes, self._smoothing = num_classes, options.label_smoothing
+        self._num_classes, self._smoothing, self._multi_label = num_classes, options.label_smoothing, multi_label
         self._erase = RandomErasing(options.random_erasing, mode="pixel", device=str(device))
         self._mixup = None
         if options.mixup > 0 or options.cutmix > 0:
             self._mixup = Mixup(
-                options.mixup, options.cutmix, label_smoothing=options.label_smoothing, num_classes=num_classes
+                options.mixup,
+                options.cutmix,
+                label_smoothing=options.label_smoothing,
+                num_classes=num_classes,
+                multi_label=multi_label,
             )
 
     def __call__(self, images: Tensor, labels: Tensor, *seeds: int) -> tuple[Tensor, Tensor]:
-        """Normalised images (B, C, H, W), changed in place, and labels (B,) -> images and soft targets (B, N)."""
+        """Normalised images (B, C, H, W), changed in place, and labels (B,) -> images and soft targets (B, N).
+
+        Where images may be of several classes, labels are 1 for each of these and else 0, (B, N).
+        """
         with seeded(*seeds):
             images = self._erase(images)
             if self._mixup is not None:
                 return self._mixup(images, labels)
-        return images, mixup_target(labels, self._num_classes, smoothing=self._smoothing)
+        return images, mixup_target(labels, self._num_classes, smoothing=self._smoothing, multi_label=self._multi_label)
 
 
 def _grey(pixels: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from convmae.data.sampler import ResumableSampler
 from convmae.data.samples import RandomTransform, Sample, Transform, collate
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError, check_positive, leave_if_started_again
+from convmae.quiet import quiet_libraries
 from convmae.seeds import mixed_seed
 
 T = TypeVar("T")
@@ -347,6 +348,7 @@ def build_training_loader(
         pin_memory=loading.pin_memory,
         drop_last=True,
         persistent_workers=num_workers > 0,
+        worker_init_fn=quiet_libraries,
         # Each pass draws a seed for the workers; from the global generator, a resumed run would have one draw more.
         generator=torch.Generator(),
     )
@@ -375,6 +377,7 @@ def build_evaluation_loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=loading.pin_memory,
+        worker_init_fn=quiet_libraries,
         generator=torch.Generator(),
     )
 

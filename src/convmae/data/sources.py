@@ -1,11 +1,11 @@
-"""Where images come from: a folder, shards, the Hugging Face hub or the demo; with classes, see `labelled`.
+"""Where images come from: folders, lists, shards, the Hugging Face hub or the demo; with classes, see `labelled`.
 
 A source hands out encoded images: by index (ImageCollection), or one after the other (ImageStream). timm's
 readers find them; nothing is decoded here.
 """
 
 import io
-import tarfile
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,24 +13,56 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
+import numpy
+import torch
+from numpy import ndarray
 from timm.data.readers import create_reader
 
+from convmae.data import hugging_face
 from convmae.data.demo import DemoReader
+from convmae.data.folders import EXTENSIONS, FolderImages, counted, image_files, listed
+from convmae.data.lists import is_list, read_list, repeated
+from convmae.data.shards import count_images, is_local, read_shards
 from convmae.errors import UserError, check_installed
 from convmae.findings import Finding
 from convmae.seeds import mixed_seed
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy")
+_PREFIXES = ("wds/", "hfds/", "hfids/", "tfds/", "torch/")
 
 
 class ImageCollection:
     """Encoded images that are opened by index; `classes` names their classes, where they have any."""
 
-    findings: Sequence[Finding] = ()
-    """What its owner should know of it."""
-
-    def __init__(self, name: str, reader: Any, image_name: Callable[[int], str], classes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        reader: Any,
+        image_name: Callable[[int], str],
+        classes: Sequence[str] = (),
+        labels: ndarray | None = None,
+    ) -> None:
+        """labels: of all images, where they are known before these are opened, see `labels`; else the reader tells."""
         self.name, self.image_name, self.classes, self._reader = name, image_name, list(classes), reader
+        self.findings: list[Finding] = []
+        """What its owner should know of it."""
+        self.labels = labels
+        """Numbers of classes, int64 (N,), or whether an image is of a class, bool (N, classes); None: unknown yet."""
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may be of several classes, or of none."""
+        return self.labels is not None and self.labels.ndim == 2
+
+    def select(self, name: str, indices: Sequence[int]) -> "ImageCollection":
+        """The images of these numbers, which are called as they are here."""
+        part = _Part(self._reader, self.image_name, indices)
+        labels = None if self.labels is None else self.labels[part.indices]
+        return ImageCollection(name, part, part.image_name, self.classes, labels)
+
+    def size_of(self, index: int) -> int | None:
+        """Bytes of the encoded image number `index`; None where that is unknown before it is read."""
+        size = getattr(self._reader, "size_of", None)
+        return None if size is None else size(index)
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -42,10 +74,36 @@ class ImageCollection:
     def open_annotated(self, index: int) -> tuple[BinaryIO, Any]:
         """The encoded image number `index` and its annotation: the number of its class, None where it has no class.
 
-        The caller closes the file. Subclasses have annotations of their own.
+        Where images are of several classes, 1.0 for each of them and 0.0 for the others, float32 (classes,). The caller
+        closes the file. Subclasses have annotations of their own.
         """
         file, label = self._reader[index]
+        if self.labels is not None:
+            label = self.labels[index]
+        if self.multi_label:
+            return file, torch.from_numpy(label.astype(numpy.float32))
         return file, int(label) if self.classes and label is not None else None
+
+
+class _Part:
+    """Some of the images of a reader, and what they are called."""
+
+    def __init__(self, reader: Any, image_name: Callable[[int], str], indices: Sequence[int]) -> None:
+        self.indices = numpy.array(indices, dtype=numpy.int64)
+        self._reader, self._image_name = reader, image_name
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._reader[int(self.indices[index])]
+
+    def image_name(self, index: int) -> str:
+        return self._image_name(int(self.indices[index]))
+
+    def size_of(self, index: int) -> int | None:
+        size = getattr(self._reader, "size_of", None)
+        return None if size is None else size(int(self.indices[index]))
 
 
 class StreamedImage(NamedTuple):
@@ -63,11 +121,12 @@ class ImageStream:
     `classes` names their classes, where they have any. Streams made for training are shuffled.
     """
 
-    findings: Sequence[Finding] = ()
-    """What its owner should know of it."""
+    multi_label = False  # images of a stream are of one class
 
     def __init__(self, name: str, reader: Any, num_shards: int, classes: Sequence[str] = ()) -> None:
         self.name, self.num_shards, self.reader, self.classes = name, num_shards, reader, list(classes)
+        self.findings: list[Finding] = []
+        """What its owner should know of it."""
 
     def configure(self, batch_size: int, num_workers: int, num_replicas: int, rank: int, seed: int) -> None:
         """Tell timm's reader which share to read, and in which order; to be called before the first iteration."""
@@ -115,21 +174,26 @@ class _ShardStream(ImageStream):
     def _start(self) -> None:
         from timm.data.readers import reader_wds
 
-        # timm's last three stages shuffle by the worker's start-up seed, decode, and insist on a label. Here
-        # the order follows (seed, epoch, worker), and the bytes and names pass through.
+        # timm's last four stages group members as WebDataset does, shuffle by the worker's start-up seed, decode, and
+        # insist on a label. Here the order follows (seed, epoch, worker), and the bytes and names pass through.
         self.reader._lazy_init()
-        self.reader.ds.pipeline[-3:] = [
+        self.reader.ds.pipeline[-4:] = [
+            read_shards,
             reader_wds.detshuffle2(
                 self.reader.sample_shuffle_size,
                 self.reader.sample_initial_size,
                 seed=mixed_seed(self.reader.common_seed, self.reader.global_worker_id),
                 epoch=self.reader.epoch_count,
             ),
-            reader_wds.wds.map(_shard_image),
         ]
 
-    def _named(self, encoded: bytes, key: str) -> StreamedImage:
-        return StreamedImage(lambda: key, lambda: (io.BytesIO(encoded), None))
+    def _named(self, encoded: bytes | OSError, key: str) -> StreamedImage:
+        def open_annotated() -> tuple[BinaryIO, None]:
+            if isinstance(encoded, OSError):
+                raise encoded
+            return io.BytesIO(encoded), None
+
+        return StreamedImage(lambda: key, open_annotated)
 
 
 class _HuggingFaceStream(ImageStream):
@@ -152,43 +216,103 @@ class _HuggingFaceStream(ImageStream):
             return f"{self.name}, {path or f'image with the checksum {zlib.crc32(data):08x}'}"
 
         def open_annotated() -> tuple[BinaryIO, int | None]:
+            if encoded is None:
+                raise ValueError("the row has no image")
             file = fsspec.open(path, "rb").open() if data is None else io.BytesIO(data)
             return file, key if self.classes else None
 
         return StreamedImage(name, open_annotated)
 
 
-def open_images(data: str | Path, split: str = "train") -> ImageCollection | ImageStream:
+def open_images(data: str | Path | Sequence[str | Path], split: str = "train") -> ImageCollection | ImageStream:
     """Find the images that `data` names, without their classes.
 
-    data: a folder with images at any depth; `wds/FOLDER/shards-{0000..0003}.tar` (WebDataset; `|N` appended
+    data: a folder with images at any depth; a list of images, .txt, .csv or .tsv, see `lists`; several of these, in a
+    sequence or with commas between them; `wds/FOLDER/shards-{0000..0003}.tar` (WebDataset; `|N` appended
     gives the number of images, otherwise local shards are counted); `hfds/NAME` (Hugging Face data set, a
     hub name or a local folder); `hfids/NAME` (the same, streamed; `|N` where their number is unknown); or
     `demo`. split: of a Hugging Face data set; elsewhere unused. Raises UserError where there is nothing to
     read.
     """
-    prefix, _, rest = str(data).partition("/")
-    if str(data) == "demo":
+    parts = several(data)
+    if len(parts) > 1:
+        return _open_several(parts)
+    data = parts[0]
+    prefix, _, rest = data.partition("/")
+    if data == "demo":
         reader = DemoReader()
         return ImageCollection("demo", reader, reader.filename)
     if prefix == "wds":
-        return _open_shards(str(data), rest)
+        return _open_shards(data, rest)
     if prefix in ("hfds", "hfids"):
-        return _open_hugging_face(str(data), prefix, rest, split)
+        return _open_hugging_face(data, prefix, rest, split)
+    if is_list(Path(data)):
+        return _open_list(Path(data))
     return _open_folder(Path(data))
+
+
+def several(data: str | Path | Sequence[str | Path]) -> list[str]:
+    """The places that `data` names: a sequence of them, or folders and files with commas between them."""
+    if not isinstance(data, str | Path):
+        parts = [str(part) for part in data]
+    elif "," in str(data) and not str(data).startswith(_PREFIXES) and not Path(data).exists():
+        parts = [part.strip() for part in str(data).split(",") if part.strip()]
+    else:
+        parts = [str(data)]
+    if not parts:
+        raise UserError("no data are given: name a folder with images")
+    return parts
+
+
+def _open_several(parts: Sequence[str]) -> ImageCollection:
+    paths: list[str] = []
+    findings: list[Finding] = []
+    for part in parts:
+        if part == "demo" or part.startswith(_PREFIXES):
+            raise UserError(f"{part} cannot be joined with other data: give folders and lists of images")
+        source = _open_list(Path(part)) if is_list(Path(part)) else _open_folder(Path(part))
+        names = [source.image_name(index) for index in range(len(source))]
+        paths += names if is_list(Path(part)) else [os.path.join(part, name) for name in names]  # noqa: PTH118
+        findings += [Finding(f"{part}: {finding.summary}", finding.items) for finding in source.findings]
+    source = open_files(", ".join(parts), paths)
+    source.findings = [*findings, *_repeated(paths)]
+    return source
+
+
+def _open_list(file: Path) -> ImageCollection:
+    paths = read_list(file)
+    source = open_files(str(file), paths)
+    source.findings = _repeated(paths)
+    return source
+
+
+def _repeated(paths: Sequence[str]) -> list[Finding]:
+    found = repeated([os.path.normpath(path) for path in paths])
+    text = (
+        f"{counted(len(found), 'image')} {'is' if len(found) == 1 else 'are'} named more than once, and read as often"
+    )
+    return [listed(f"{text}, such as {found[0]}", found)] if found else []
 
 
 class FileReader:
     """Image files: reader[index] -> (binary file, label 0)."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = list(paths)
+    def __init__(self, paths: Sequence[str], folder: str | Path = "") -> None:
+        """folder: the one in which the paths are, where they are not whole."""
+        self._paths, self._folder = list(paths), Path(folder)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
-        return Path(self._paths[index]).open("rb"), 0
+        return (self._folder / self._paths[index]).open("rb"), 0
+
+    def size_of(self, index: int) -> int | None:
+        """Bytes of a file; None where it cannot be opened."""
+        try:
+            return (self._folder / self._paths[index]).stat().st_size
+        except OSError:
+            return None
 
 
 def open_files(name: str, paths: Sequence[str]) -> ImageCollection:
@@ -218,23 +342,32 @@ def _open_folder(folder: Path) -> ImageCollection:
         raise UserError(f"{folder} is a file: give the folder that holds the images")
     if not any(folder.iterdir()):
         raise UserError(f"{folder} is empty: put images into it")
-    try:
-        reader = create_reader("", root=str(folder), input_key=";".join(EXTENSIONS))
-    except RuntimeError as error:  # timm found no file with these extensions
-        raise UserError(f"{folder} holds no images: accepted are {' '.join(EXTENSIONS)}") from error
-    return ImageCollection(str(folder), reader, reader.filename)
+    found = image_files(folder)
+    if not found.paths:
+        raise no_images(folder, found)
+    reader = FileReader(found.paths, folder)
+    source = ImageCollection(str(folder), reader, found.paths.__getitem__)
+    source.findings = found.findings
+    return source
+
+
+def no_images(folder: Path, found: FolderImages) -> UserError:
+    """What is wrong with a folder without an image, and what it holds instead."""
+    instead = f"; it holds {found.others}" if found.others else ""
+    left_out = f"; {found.findings[0].summary}" if found.findings else ""
+    return UserError(f"{folder} holds no images: accepted are {' '.join(EXTENSIONS)}{instead}{left_out}")
 
 
 def _open_shards(data: str, location: str) -> ImageStream:
     check_installed("shards", "reading shards needs WebDataset", "webdataset")
     location, num_samples = parse_location(data, location)
     folder, _, pattern = location.rpartition("/")
-    if not pattern.endswith(".tar"):
+    if not pattern.endswith((".tar", ".tar.gz", ".tgz")):
         raise UserError(f"{data} names no shards: write wds/FOLDER/shards-{{0000..0003}}.tar")
     from timm.data.readers import reader_wds
 
     shards = [f"{folder}/{name}" if folder else name for name in reader_wds.expand_urls(pattern)]
-    local = "://" not in location and not location.startswith("pipe:")
+    local = is_local(location)
     missing = [shard for shard in shards if local and not Path(shard).is_file()]
     if len(missing) == len(shards):
         raise UserError(f"{data} matches no shard: there is no {missing[0]}; check the folder and {{first..last}}")
@@ -242,30 +375,29 @@ def _open_shards(data: str, location: str) -> ImageStream:
         raise UserError(f"the shard {missing[0]} does not exist: check {{first..last}} in {data}")
     if not local and num_samples is None:
         raise UserError(f"remote shards cannot be counted: append the number of images, {data}|N")
+    findings: list[Finding] = []
     if num_samples is None:
-        num_samples = sum(map(_count_images, shards))
+        num_samples, findings = count_images(shards)
     if not num_samples:
         raise UserError(f"the shards of {data} hold no images: accepted are {' '.join(EXTENSIONS)}")
-    reader = create_reader("wds/", root=folder, split=pattern, is_training=True, num_samples=num_samples)
-    return _ShardStream(data, reader, len(shards))
+    # timm knows shards by ".tar" in the pattern.
+    reader = create_reader("wds/", root=folder, split=".tar", is_training=True, num_samples=num_samples)
+    reader.split_info.filenames = tuple(reader_wds.expand_urls(pattern))
+    stream = _ShardStream(data, reader, len(shards))
+    stream.findings = findings
+    return stream
 
 
 def _open_hugging_face(data: str, prefix: str, location: str, split: str) -> ImageCollection | ImageStream:
     check_installed("hub", "reading Hugging Face data sets needs `datasets`", "datasets")
-    import datasets
-
     name, num_samples = parse_location(data, location)
     with opening(data, split):
-        features = datasets.load_dataset_builder(name).info.features
-        columns = [key for key, feature in (features or {}).items() if isinstance(feature, datasets.Image)]
-        if features and not columns:
-            raise UserError(f"{data} has no column of images: its columns are {', '.join(features)}")
-        # The columns of local files are unknown until they are read; `datasets` then calls theirs "image".
-        column = columns[0] if columns else "image"
+        table = hugging_face.load(name, split, streamed=prefix == "hfids")
+        column = hugging_face.image_column(data, table.features or {})
         # timm requires a label column; naming the images' own column as the label makes do without.
         if prefix == "hfids":
             return stream_hugging_face(data, name, split, column, column, num_samples)
-        reader = create_reader(f"hfds/{name}", split=split, input_key=column, target_key=column)
+        reader = hugging_face.HuggingFaceReader(table, column)
     return ImageCollection(data, reader, "row {}".format)
 
 
@@ -330,18 +462,3 @@ def opening(data: str, split: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """What a library says went wrong, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _count_images(shard: str) -> int:
-    try:
-        with tarfile.open(shard) as members:
-            return sum(Path(name).suffix.lower() in EXTENSIONS for name in members.getnames())
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"the shard {shard} cannot be read, write it again: {error}") from error
-
-
-def _shard_image(sample: dict[str, Any]) -> dict[str, Any]:
-    """The first image of a WebDataset sample and its name, under the keys that timm's reader passes on."""
-    fields = [field for field in sample if f".{field.rpartition('.')[2].lower()}" in EXTENSIONS]
-    name = f"{Path(sample.get('__url__', '')).name}/{sample['__key__']}"
-    return {"image": sample[fields[0]] if fields else b"", "target": name}

@@ -29,6 +29,8 @@ class Classifier(nn.Module):
     global_pool: "avg" for the mean and its LayerNorm, "" for neither.
     crop_pct: share of the resized shorter side that the centre crop of an evaluation keeps, in (0, 1], timm's name;
         recorded for whoever prepares images.
+    multi_label: whether an image may be of several classes, so that the sigmoid of each logit is its probability;
+    recorded for whoever reads the logits.
 
     The position embedding is trainable. `load_state_dict` takes whatever `checkpoint_filter_fn` does.
     """
@@ -47,6 +49,7 @@ class Classifier(nn.Module):
         global_pool: str = "avg",
         classes: Sequence[str] | None = None,
         crop_pct: float = 224 / 256,
+        multi_label: bool = False,
         **changes: Any,
     ) -> None:
         super().__init__()
@@ -58,6 +61,7 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
         self.classes = None if classes is None else list(classes)
         self.crop_pct = crop_pct
+        self.multi_label = multi_label
         self.in_chans = config.in_channels  # timm's name
         self.num_features = self.head_hidden_size = config.widths[2]
         self.encoder = ConvViT(encoder=config, drop_path=drop_path)
@@ -72,12 +76,14 @@ class Classifier(nn.Module):
     @property
     def description(self) -> dict[str, Any]:
         """What a weights file records, so that `load` builds the same model."""
-        head = {
+        head: dict[str, Any] = {
             "num_classes": self.num_classes,
             "global_pool": self.global_pool,
             "classes": self.classes,
             "crop_pct": self.crop_pct,
         }
+        if self.multi_label:  # a file of the others is read by earlier versions, too
+            head["multi_label"] = True
         return {"kind": self.kind, "encoder": self.encoder.config.settings, "head": head}
 
     @property

@@ -61,7 +61,7 @@ def test_what_other_processes_left_out_is_listed_too(
     evaluate(segmenter_file, copied, skip_damaged=True, engine=IN_PROCESS)
     listed = capsys.readouterr().err
     assert "left out 1 images without a label map" in listed
-    assert "damaged images that were left out: 2" in listed
+    assert "images that were left out: 2" in listed
     assert f"{pictures_of(copied)[1]}: has no label map" in listed
     assert str(broken) in listed
     assert "elsewhere.jpg" in listed

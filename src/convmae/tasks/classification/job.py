@@ -1,4 +1,7 @@
-"""Labelled images as a run's job: varied batches, a classifier's loss, its accuracy on other images."""
+"""Labelled images as a run's job: varied batches, a classifier's loss, its accuracy on other images.
+
+Where an image may be of several classes, the loss is binary cross-entropy and average precision stands for accuracy.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +14,12 @@ from torch import Tensor, nn
 from convmae import weights
 from convmae.data.augmentation import Augmentation, AugmentationOptions, BatchAugmentation, CenterCrop
 from convmae.data.failures import DecodingFailures
+from convmae.data.folders import counted
 from convmae.data.loading import Loading, build_evaluation_loader, build_training_loader
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 from convmae.evaluation.accuracy import Accuracy, judge_classifier
+from convmae.evaluation.multi_label import AveragePrecision, judge_multi_label
 from convmae.models.classifier import Classifier
 from convmae.pixels import Decoding, decoding_of
 from convmae.training.run import Job, N, StepLoss
@@ -23,17 +28,18 @@ from convmae.training.run import Job, N, StepLoss
 class ClassifierTraining(nn.Module):
     """A classifier as the training loop takes it: normalised images (B, C, H, W), soft targets (B, N) -> its loss."""
 
-    def __init__(self, classifier: nn.Module) -> None:
+    def __init__(self, classifier: nn.Module, multi_label: bool = False) -> None:
+        """multi_label: whether an image may be of several classes."""
         super().__init__()
         self.classifier = classifier
-        self.criterion = SoftTargetCrossEntropy()
+        self.criterion: nn.Module = nn.BCEWithLogitsLoss() if multi_label else SoftTargetCrossEntropy()
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> StepLoss:
         images, targets = batch
         return StepLoss(self.criterion(self.classifier(images).float(), targets))
 
 
-class ClassificationJob(Job[N, Accuracy]):
+class ClassificationJob(Job[N, Accuracy | AveragePrecision]):
     """A model from images to logits on the labelled images of a source, judged on those of another."""
 
     figure: str | None = "top1"
@@ -65,16 +71,20 @@ class ClassificationJob(Job[N, Accuracy]):
             raise UserError(
                 f"mixup and cutmix need pairs, a pass has {loading.batch_size} images: choose an even number"
             )
-        self.network, self.module = network, ClassifierTraining(network)
+        self.multi_label = training.multi_label
+        if self.multi_label and self.figure is not None:
+            self.figure = "map"
+        self.network, self.module = network, ClassifierTraining(network, self.multi_label)
         self.origin, self.data = origin, data
         self.findings = {source.name: source.findings for source in (training, validation)}
         self.classes = list(training.classes)
         count = training.reader.num_samples if isinstance(training, ImageStream) else len(training)
-        self.contents = f"{count} images of {len(self.classes)} classes"
+        several = ", several an image" if self.multi_label else ""
+        self.contents = f"{counted(count, 'image')} of {len(self.classes)} classes{several}"
         self.failures = DecodingFailures(folder)
         self._fabric, self._folder, self._seed, self._aug_repeats = fabric, folder, seed, aug_repeats
         self._normalize = encoder.encoder.normalize
-        self._vary = BatchAugmentation(augmentation, len(self.classes), fabric.device)
+        self._vary = BatchAugmentation(augmentation, len(self.classes), fabric.device, self.multi_label)
         size, decoding = encoder.image_size, decoding or decoding_of(encoder)
         self._training = build_training_loader(
             training, Augmentation(size, decoding, augmentation), loading, seed=seed, aug_repeats=aug_repeats
@@ -96,17 +106,22 @@ class ClassificationJob(Job[N, Accuracy]):
             yield self._vary(self._normalize(images), labels, self._seed, epoch, number, self._fabric.global_rank)
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images (B, C, H, W) and labels (B,), each image once over all processes."""
+        """uint8 images (B, C, H, W) and labels (B,) or (B, N), each image once over all processes."""
         for batch in self._validation:
             self.failures.record(len(batch["images"]), batch["failed"])
             if len(batch["images"]):
                 yield self._on_device(batch)
 
-    def judge(self, network: N) -> Accuracy:
+    def judge(self, network: N) -> Accuracy | AveragePrecision:
         """Accuracy of a network (images -> logits) on the validation images of all processes.
 
         Raises UserError where none of them can be decoded.
         """
+        if self.multi_label:
+            precision = judge_multi_label(self._fabric, network, self.validation(), len(self.classes))
+            if not precision.counts.sum():
+                raise UserError("no validation image of any class can be decoded: check the files")
+            return precision
         accuracy = judge_classifier(self._fabric, network, self.validation(), len(self.classes))
         if not accuracy.confusion.sum():
             raise UserError("no validation image can be decoded: check the files")
@@ -127,6 +142,7 @@ class FinetuningJob(ClassificationJob[Classifier]):
     def load(self, file: Path, network: Classifier) -> None:
         """Fill the network; raises UserError where the file is of other classes."""
         state, facts = weights.read(file)
-        if weights.flat(facts).get("classes") != self.classes:
+        known = weights.flat(facts)
+        if known.get("classes") != self.classes or known.get("multi_label", False) != self.multi_label:
             raise UserError(f"{self._folder} holds a run with other classes than {self.data}: choose another --output")
         weights.fill(network, state)
