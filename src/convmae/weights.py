@@ -179,6 +179,8 @@ def unwrap(content: Any, origin: str = "the state dict") -> tuple[StateDict, dic
             facts["classes"] = [str(name).strip() for name in meta["CLASSES"]]  # "bed " among ADE20K's
         if isinstance(meta, Mapping) and isinstance(meta.get("reduce_zero_label"), bool):  # ours in that form
             facts["reduce_zero_label"] = meta["reduce_zero_label"]
+            if isinstance(meta.get("label_encoding"), Mapping):
+                facts["label_encoding"] = dict(meta["label_encoding"])
         content = next((content[key] for key in ("model", "state_dict") if key in content), None)
     if not isinstance(content, Mapping):
         raise UserError(f"{origin} holds no weights: expected a state dict, or one under 'model' or 'state_dict'")
@@ -265,13 +267,13 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def save_published(path: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> None:
     """Write a torch file under the published names, as the authors' code reads it, or mmsegmentation a segmenter's.
 
-    config: settings of the model, of which a segmenter's file keeps the classes and whether label 0 is none.
+    config: settings of the model, of which a segmenter's file keeps the classes and how label maps write them.
     """
     published = to_published({name: value.detach().cpu() for name, value in state.items()})
     if not is_segmenter(state):
         torch.save({"model": published}, path)
         return
-    named = {"classes": "CLASSES", "reduce_zero_label": "reduce_zero_label"}
+    named = {"classes": "CLASSES", "reduce_zero_label": "reduce_zero_label", "label_encoding": "label_encoding"}
     known = {named[name]: value for name, value in (config or {}).items() if name in named and value is not None}
     # mmsegmentation knows no "model": it would load nothing, and not fail.
     torch.save({"meta": known, "state_dict": published}, path)
