@@ -161,7 +161,7 @@ def open_segmentation(
             f"{f' after {label_suffix}' if label_suffix else ''}: check both folders{_hint(image_files, label_maps)}"
         )
     for name in pairs:
-        if Path(image_files[name]).samefile(label_maps[name]):
+        if _are_one_file(image_files[name], label_maps[name]):
             raise UserError(
                 f"{label_maps[name]} is taken for an image and for its label map: give another folder of images or of "
                 f"label maps, or tell them apart by --label-suffix{_hint(image_files, label_maps)}"
@@ -230,6 +230,13 @@ def _by_name(
         ending = f" whose names end in {suffix}" if suffix else ""
         raise UserError(f"{folder} holds no {what}{ending}: accepted are {' '.join(extensions)}")
     return found, others
+
+
+def _are_one_file(path: str, other: str) -> bool:
+    try:
+        return Path(path).samefile(other)
+    except OSError:  # one is gone, and whoever reads it says so
+        return False
 
 
 def _stem(path: str) -> str:
