@@ -112,6 +112,7 @@ def test_words_stay_words(tmp_path):
         *("[b]owl", "red, green", "3 wheeler", "car")
     ]
     assert read_class_list(written(tmp_path, "c.txt", "2 door\n4 door\n")).names == ["2 door", "4 door"]
+    assert read_class_list(written(tmp_path, "f.txt", "red\ngreen\nid\n")).names == ["red", "green", "id"]
     assert read_class_list(written(tmp_path, "d.txt", "0\n1\n2\n")).names == ["0", "1", "2"]
     assert read_class_list(written(tmp_path, "e.txt", "label map\nclass 1\nclass 2\n")).names[0] == "label map"
 

@@ -70,16 +70,17 @@ class ClassRow(NamedTuple):
     colour: Colour | None = None
 
 
-def read_class_list(path: Path) -> ClassList:
+def read_class_list(path: Path, flag: str = "--classes") -> ClassList:
     """The classes of a text, CSV, YAML or JSON file.
 
     Text is a name a line, with or without a number or a colour before or after it, or CVAT's labelmap.txt; lines that
     begin with # are comments. CSV has a heading, or rows of which one column is no number. YAML and JSON hold a list,
-    or a mapping from number to name or back, by itself or under `names`, as data.yaml has it.
+    or a mapping from number to name or back, by itself or under `names`, as data.yaml has it. flag: the command's name
+    of the file, for messages.
 
     Raises UserError where the file cannot be read, is of none of these forms, or names, numbers or colours cannot be.
     """
-    text = read_text(path)
+    text = read_text(path, flag)
     suffix = path.suffix.lower()
     if suffix == ".json" or (text.lstrip()[:1] in ("[", "{") and _is_json(text)):
         rows = _rows_of_tree(path, _json(path, text))
@@ -117,14 +118,14 @@ def class_list(path: Path, rows: Sequence[ClassRow]) -> ClassList:
     return ClassList([row.name for row in rows], numbers, colours if complete else None, findings)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, flag: str = "--classes") -> str:
     """The text of a file of classes; raises UserError where it cannot be read or is no text."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path} cannot be read, check --classes: {error.strerror or error}") from error
+        raise UserError(f"{path} cannot be read, check {flag}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8: give a text file with a class a line as --classes") from error
+        raise UserError(f"{path} is not text in UTF-8: give a text file with a class a line as {flag}") from error
 
 
 def _in_order(path: Path, rows: Sequence[ClassRow]) -> tuple[Sequence[ClassRow], list[int] | None]:
@@ -163,7 +164,8 @@ def _lines(text: str) -> list[tuple[str, str]]:
 
 
 def _rows_of_lines(path: Path, lines: list[tuple[str, str]]) -> list[ClassRow]:
-    headed = bool(lines) and all(_is_heading(word) for word in re.split(_SEPARATOR, lines[0][1]))
+    words = re.split(_SEPARATOR, lines[0][1]) if lines else []
+    headed = all(map(_is_heading, words)) and any(map(_is_name_heading, words))  # a class may be called red
     for some in (lines, lines[1:]) if headed else (lines,):
         for form in _LINES:
             matches = [form.fullmatch(line) for _, line in some]

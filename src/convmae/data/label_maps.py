@@ -202,7 +202,7 @@ def read_colours(table: str) -> ClassList:
     """The classes of a list with colours: a file that `read_class_list` takes, or `voc`; raises UserError."""
     if table == VOC:
         return ClassList(list(_VOC_CLASSES), colours=[_voc_colour(number) for number in range(len(_VOC_CLASSES))])
-    listed = read_class_list(Path(table))
+    listed = read_class_list(Path(table), "--label-colours")
     if listed.colours is None:
         raise UserError(
             f"{table} does not give each class a colour: write rows of name,r,g,b below a line with these words, or "
