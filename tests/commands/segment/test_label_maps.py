@@ -32,6 +32,12 @@ def rewritten(copied, label_maps_of, pixels_of):
     return rewrite
 
 
+@pytest.fixture(scope="module")
+def of_numbers(scenes, segmenter_file, tmp_path_factory, small_segmentation):
+    """How good one epoch of the label maps as they are makes a segmenter."""
+    return small_segmentation(scenes, tmp_path_factory.mktemp("runs") / "run", segmenter_file, epochs=1).quality
+
+
 def masks(labels):
     return (255 * (labels > 0)).astype(numpy.uint8)
 
@@ -68,9 +74,7 @@ def test_masks_of_0_and_1_with_a_reduced_zero_label_stop(rewritten, segmenter_fi
 
 
 @pytest.mark.parametrize("listed", ["labelmap.txt", "label_colours"])
-def test_colours_are_the_classes_of_a_list(
-    rewritten, scenes, segmenter_file, tmp_path, small_segmentation, listed, label_maps_of, pixels_of
-):
+def test_colours_are_the_classes_of_a_list(rewritten, of_numbers, segmenter_file, tmp_path, small_segmentation, listed):
     """CVAT's list in the folder is enough for RGB; a palette goes by its colours where that is asked for."""
     by_colour = listed == "label_colours"
     order = numpy.array([3, 0, 1, 5, 4, 2])
@@ -89,8 +93,7 @@ def test_colours_are_the_classes_of_a_list(
     file.write_text("\n".join(["# label:color_rgb:parts:actions", *rows]))
     options = {"label_colours": str(file)} if by_colour else {}
     run = small_segmentation(data, tmp_path / "run", segmenter_file, epochs=1, **options)
-    plain = small_segmentation(scenes, tmp_path / "plain", segmenter_file, epochs=1)
-    assert torch.equal(run.quality.confusion, plain.quality.confusion)
+    assert torch.equal(run.quality.confusion, of_numbers.confusion)
     assert torch.equal(evaluate(run.folder, data, engine=IN_PROCESS).confusion, run.quality.confusion)
     found = predict(str(data / "images" / "validation"), run.folder, tmp_path / "found", draw=0, engine=ON_CPU)
     with Image.open(found.label_maps[0]) as image:
@@ -138,13 +141,12 @@ def test_faults_of_the_validation_stop_before_anything_is_learned(
 
 
 def test_other_numbers_of_a_list_are_those_of_the_label_maps(
-    rewritten, scenes, segmenter_file, tmp_path, small_segmentation
+    rewritten, of_numbers, segmenter_file, tmp_path, small_segmentation
 ):
     data = rewritten(lambda labels: (labels + 7).astype(numpy.uint8))
     (data / "classes.txt").write_text("\n".join(f"{7 + number} {name}" for number, name in enumerate(CLASSES)))
     run = small_segmentation(data, tmp_path / "run", segmenter_file, epochs=1)
-    plain = small_segmentation(scenes, tmp_path / "plain", segmenter_file, epochs=1)
-    assert torch.equal(run.quality.confusion, plain.quality.confusion)
+    assert torch.equal(run.quality.confusion, of_numbers.confusion)
 
 
 @pytest.mark.parametrize(
