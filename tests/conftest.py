@@ -19,6 +19,10 @@ if not torch.cuda.is_available():
 _compiled = tempfile.TemporaryDirectory()
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _compiled.name
 
+# What was found in label maps is kept in the user's cache, in which tests leave nothing.
+_cache = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = _cache.name
+
 import convmae  # noqa: E402
 from convmae import cli, weights  # noqa: E402
 from convmae.data.scenes import SHAPES, draw_scene, write_scenes  # noqa: E402

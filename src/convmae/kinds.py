@@ -239,7 +239,8 @@ def _load(
     else:
         head = {**kind.of_another, **_head_in_file(kind, state, facts, decoder_num_heads)}
         if settings.get("num_classes", head.get("num_classes")) != head.get("num_classes"):
-            head = {name: value for name, value in head.items() if name not in ("classes", "category_ids")}
+            of_its_classes = ("classes", "category_ids", "label_encoding")
+            head = {name: value for name, value in head.items() if name not in of_its_classes}
     model = kind.model(**{"encoder": encoder, **head, **settings})
     model.load_state_dict(kind.fit(state, model))
     return model

@@ -351,6 +351,8 @@ def _facts_beside(content: Mapping[str, Any]) -> dict[str, Any]:
             facts.setdefault("classes", [str(name).strip() for name in meta["CLASSES"]])
         if isinstance(meta, Mapping) and isinstance(meta.get("reduce_zero_label"), bool):
             facts.setdefault("reduce_zero_label", meta["reduce_zero_label"])
+            if isinstance(meta.get("label_encoding"), Mapping):
+                facts.setdefault("label_encoding", dict(meta["label_encoding"]))
         levels += [value for value in level.values() if isinstance(value, Mapping)]
     return facts
 
@@ -435,13 +437,13 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def save_published(path: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> None:
     """Write a torch file under the published names, as the authors' code reads it, or mmsegmentation a segmenter's.
 
-    config: settings of the model, of which a segmenter's file keeps the classes and whether label 0 is none.
+    config: settings of the model, of which a segmenter's file keeps the classes and how label maps write them.
     """
     published = to_published({name: value.detach().cpu() for name, value in state.items()})
     if not is_segmenter(state):
         torch.save({"model": published}, path)
         return
-    named = {"classes": "CLASSES", "reduce_zero_label": "reduce_zero_label"}
+    named = {"classes": "CLASSES", "reduce_zero_label": "reduce_zero_label", "label_encoding": "label_encoding"}
     known = {named[name]: value for name, value in (config or {}).items() if name in named and value is not None}
     # mmsegmentation knows no "model": it would load nothing, and not fail.
     torch.save({"meta": known, "state_dict": published}, path)

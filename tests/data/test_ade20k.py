@@ -1,137 +1,25 @@
-"""Label maps written for the purpose: what is read, refused and left out, and what the classes are called."""
+"""Folders of images and label maps written for the purpose: which belong together, and what the classes are called."""
 
 import pickle
-import struct
-import zlib
 from pathlib import Path
 
 import numpy
 import pytest
-import torch
 from PIL import Image
 
 from convmae.data.ade20k import (
-    LabelMap,
     calls_classes,
     find_ade20k,
     is_ade20k,
     open_segmentation,
     read_classes,
 )
-from convmae.data.images import UndecodableImageError
+from convmae.data.label_maps import default_encoding
 from convmae.errors import UserError
 from convmae.labels import IGNORED
 
 SIZE = (24, 32)  # of the pictures in folders
 CLASSES = ["sky", "tree", "dog", "cat", "brush"]
-
-
-def label_map(folder, labels, name="labels.png", num_classes=5, reduce_zero_label=False):
-    Image.fromarray(labels).save(folder / name)
-    return LabelMap(folder / name, num_classes, reduce_zero_label)
-
-
-# Label maps
-
-
-def test_labels_are_those_of_the_file(tmp_path, blocks):
-    labels = blocks(SIZE)
-    labels[3, 4:9] = IGNORED
-    found = label_map(tmp_path, labels).read(SIZE)
-    assert found.dtype == torch.uint8
-    assert numpy.array_equal(found, labels)
-    assert numpy.array_equal(
-        label_map(tmp_path, numpy.array([[0, 254]], numpy.uint8), "all.png", 255).read((1, 2)), [[0, 254]]
-    )
-
-
-def test_a_reduced_zero_label_is_ignored(tmp_path):
-    stored = numpy.array([[0, 1, 2, 3, 4, 5, 255]], dtype=numpy.uint8)
-    found = label_map(tmp_path, stored, reduce_zero_label=True).read((1, 7))
-    assert found.tolist() == [[255, 0, 1, 2, 3, 4, 255]]
-    many = numpy.arange(256, dtype=numpy.uint8)[None]
-    found = label_map(tmp_path, many, "many.png", 254, reduce_zero_label=True).read((1, 256))
-    assert found.tolist() == [[255, *range(254), 255]]
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_indices_of_a_palette_are_labels(bits, tmp_path, blocks):
-    labels = blocks(SIZE, num_classes=2 if bits == 1 else 4)
-    image = Image.fromarray(labels)
-    image.putpalette([255, 255, 255, 0, 0, 0, 9, 9, 9, 7, 8, 9])
-    image.save(tmp_path / "labels.png", bits=bits)
-    assert numpy.array_equal(LabelMap(tmp_path / "labels.png", 4, False).read(SIZE), labels)
-
-
-def test_one_bit_labels_are_zero_and_one(tmp_path, blocks):
-    labels = blocks(SIZE, num_classes=2)
-    Image.fromarray(labels.astype(bool)).save(tmp_path / "labels.png")
-    with Image.open(tmp_path / "labels.png") as image:
-        assert image.mode == "1"
-    assert numpy.array_equal(LabelMap(tmp_path / "labels.png", 2, False).read(SIZE), labels)
-
-
-def grey_png(bits):
-    """A file of one row of eight pixels with so many bits, put together by hand."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0)
-    pixels = zlib.compress(b"\0" + bytes(bits))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-UNFIT = {
-    "16 bits": (numpy.ones(SIZE, numpy.uint16), "has 16-bit labels: write them with 8 bits"),
-    "2 bits": (grey_png(2), "has 2-bit labels: write them with 8 bits"),
-    "4 bits": (grey_png(4), "has 4-bit labels: write them with 8 bits"),
-    "colours": (numpy.ones((*SIZE, 3), numpy.uint8), "has colours or transparency (RGB), not labels: write one number"),
-    "RGBA": (numpy.ones((*SIZE, 4), numpy.uint8), "has colours or transparency (RGBA), not labels"),
-    "LA": (numpy.ones((*SIZE, 2), numpy.uint8), "has colours or transparency (LA), not labels"),
-    "too many": (numpy.full(SIZE, 7, numpy.uint8), "has the label 7, but there are 5 classes, counted"),
-    "wider": (numpy.ones((24, 33), numpy.uint8), "is 33x24, the image 32x24"),
-    "turned": (
-        numpy.ones((32, 24), numpy.uint8),
-        "is 24x32, the image 32x24, perhaps before its EXIF data turn it",
-    ),
-    "damaged": (b"damaged", "is no PNG that can be read: not an image, or of an unknown format"),
-    "missing": (None, "is no PNG that can be read: [Errno 2] No such file"),
-}
-
-
-@pytest.mark.parametrize("name", UNFIT)
-def test_unfit_label_maps_are_named(name, tmp_path, encoded):
-    content, reason = UNFIT[name]
-    path = tmp_path / "labels.png"
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else encoded(content).read())
-    with pytest.raises(UndecodableImageError) as error:
-        LabelMap(path, len(CLASSES), False).read(SIZE)
-    assert str(error.value).startswith(f"its label map {path} {reason}")
-
-
-def test_a_label_map_that_is_cut_off_or_a_jpeg_is_refused(tmp_path, encoded, noise, blocks):
-    path = tmp_path / "labels.png"
-    path.write_bytes(encoded(noise(SIZE)[..., 0]).read()[:200])
-    with pytest.raises(UndecodableImageError, match=rf"its label map {path} is no PNG that can be read: "):
-        LabelMap(path, len(CLASSES), False).read(SIZE)
-    path.write_bytes(encoded(blocks(SIZE), "JPEG").read())
-    with pytest.raises(UndecodableImageError, match=rf"its label map {path} is no PNG that can be read: not an image"):
-        LabelMap(path, len(CLASSES), False).read(SIZE)
-
-
-def test_labels_beyond_the_classes_are_told_as_in_the_file(tmp_path):
-    labels = numpy.full(SIZE, 5, numpy.uint8)
-    with pytest.raises(UndecodableImageError) as error:
-        label_map(tmp_path, labels).read(SIZE)
-    assert str(error.value).endswith(
-        "has the label 5, but there are 5 classes, counted from 0 on: check their list and --reduce-zero-label"
-    )
-    assert (label_map(tmp_path, labels, reduce_zero_label=True).read(SIZE) == 4).all()
-    labels[0, 0] = 6
-    with pytest.raises(UndecodableImageError, match="has the label 6, but there are 5 classes, counted from 1 on"):
-        label_map(tmp_path, labels, reduce_zero_label=True).read(SIZE)
 
 
 # Classes
@@ -149,13 +37,13 @@ def test_classes_come_from_the_file_or_the_folder(tmp_path):
     assert is_ade20k(None, tmp_path / "objectInfo150.txt")
     assert is_ade20k(tmp_path / "elsewhere", str(tmp_path / "objectInfo150.txt"))
     assert not is_ade20k(None, tmp_path / "classes.txt")
-    assert read_classes(tmp_path, None) == ["wall", "sky"]
+    assert read_classes(tmp_path, None).names == ["wall", "sky"]
     (tmp_path / "classes.txt").write_text("sea \r\n traffic light, red\r\n\r\n\n", encoding="utf-8-sig")
-    assert read_classes(tmp_path, None) == ["sea", "traffic light, red"]
+    assert read_classes(tmp_path, None).names == ["sea", "traffic light, red"]
     other = tmp_path / "other.txt"
     other.write_text("Bär\nHund\n", encoding="utf-8")
-    assert read_classes(tmp_path, other) == read_classes(None, other) == ["Bär", "Hund"]
-    assert read_classes(None, tmp_path / "objectInfo150.txt") == ["wall", "sky"]
+    assert read_classes(tmp_path, other).names == read_classes(None, other).names == ["Bär", "Hund"]
+    assert read_classes(None, tmp_path / "objectInfo150.txt").names == ["wall", "sky"]
 
 
 def test_ade20ks_table_gives_first_synonyms_unless_two_classes_share_one(tmp_path):
@@ -164,7 +52,7 @@ def test_ade20ks_table_gives_first_synonyms_unless_two_classes_share_one(tmp_pat
     names += ["screen, silver screen, projection screen", "crt screen", "bank", "bank, shore", "bank, savings"]
     rows = [f"{number} \t0.1\t11664\t1172\t{name}" for number, name in enumerate(names, 1)]
     (tmp_path / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]) + "\n")
-    assert read_classes(tmp_path, None) == [
+    assert read_classes(tmp_path, None).names == [
         *("wall", "door", "bed", "windowpane", "screen door", "blind", "screen", "crt screen"),
         *("bank", "bank, shore", "bank, savings"),
     ]
@@ -176,7 +64,7 @@ def test_any_synonym_in_ade20ks_table_is_a_class_s_name(tmp_path):
     rows = [f"{number} \t{name}" for number, name in enumerate(names, 1)]
     (tmp_path / "objectInfo150.txt").write_text("\n".join(["Idx\tName", *rows]) + "\n")
     assert calls_classes(tmp_path, ["wall", "bed", "television receiver"])
-    assert calls_classes(tmp_path, read_classes(tmp_path, None))
+    assert calls_classes(tmp_path, read_classes(tmp_path, None).names)
     assert not calls_classes(tmp_path, ["bed", "wall", "television receiver"])
     assert not calls_classes(tmp_path, ["wall", "bed"])
     (tmp_path / "classes.txt").write_text("wall\nred, green\n")
@@ -221,7 +109,9 @@ def folders(label_folders):
     """A function that opens pictures with their label maps."""
 
     def open_written(reduce_zero_label=False, skip_damaged=False):
-        return open_segmentation(*label_folders, CLASSES, reduce_zero_label, skip_damaged)
+        return open_segmentation(
+            *label_folders, CLASSES, default_encoding(len(CLASSES), reduce_zero_label), skip_damaged
+        )
 
     return open_written
 
@@ -240,9 +130,9 @@ def test_pictures_come_with_the_label_maps_of_their_names(folders, tmp_path, blo
                 assert Image.open(file).size == (32, 24)
             assert numpy.array_equal(annotation.read(SIZE), blocks(SIZE, number))
             assert annotation == opened.annotation(index)
-    assert not source.reduce_zero_label
+    assert not source.encoding.reduce_zero_label
     reduced = folders(reduce_zero_label=True)
-    assert reduced.reduce_zero_label
+    assert reduced.encoding.reduce_zero_label
     expected = blocks(SIZE, 3).astype(int) - 1
     assert numpy.array_equal(reduced.annotation(3).read(SIZE), numpy.where(expected < 0, IGNORED, expected))
 
@@ -302,14 +192,14 @@ def test_folders_without_pairs_are_refused(folders, tmp_path):
     ):
         for skip_damaged in (False, True):
             with pytest.raises(UserError, match=message):
-                open_segmentation(images, annotations, CLASSES, False, skip_damaged)
+                open_segmentation(images, annotations, CLASSES, default_encoding(5), skip_damaged)
 
 
 def test_no_class_has_the_ignored_label(folders, tmp_path):
     many = [str(number) for number in range(255)]
-    assert len(open_segmentation(tmp_path / "pictures", tmp_path / "maps", many, False).classes) == 255
+    assert len(open_segmentation(tmp_path / "pictures", tmp_path / "maps", many, default_encoding(255)).classes) == 255
     with pytest.raises(UserError, match="255 classes from 1 on need the label 255"):
-        open_segmentation(tmp_path / "pictures", tmp_path / "maps", many, True)
+        open_segmentation(tmp_path / "pictures", tmp_path / "maps", many, default_encoding(255, True))
 
 
 def test_ade20ks_folder_and_paths_that_replace_its_parts(tmp_path):
@@ -329,3 +219,88 @@ def test_ade20ks_folder_and_paths_that_replace_its_parts(tmp_path):
         find_ade20k(tmp_path, "val", tmp_path / "nowhere", flags=("--val-images", "--val-annotations"))
     with pytest.raises(UserError, match="give it as --data, or another path with --annotations"):
         find_ade20k(None, "train", tmp_path)
+
+
+# Other names
+
+
+@pytest.fixture
+def cityscapes(tmp_path, encoded, noise, blocks):
+    """Two images in folders of cities, with two kinds of label maps each and a file of polygons."""
+    for number, name in enumerate(("aachen/aachen_000", "bochum/bochum_001")):
+        image = tmp_path / "leftImg8bit" / f"{name}_leftImg8bit.png"
+        labels = tmp_path / "gtFine" / f"{name}_gtFine_labelTrainIds.png"
+        for path in (image, labels):
+            path.parent.mkdir(parents=True)
+        image.write_bytes(encoded(noise(SIZE, number)).read())
+        labels.write_bytes(encoded(blocks(SIZE, number)).read())
+        labels.with_name(f"{labels.name[:10]}_gtFine_color.png").write_bytes(encoded(noise(SIZE)).read())
+        labels.with_suffix(".json").write_text("{}")
+    return tmp_path / "leftImg8bit", tmp_path / "gtFine"
+
+
+def test_suffixes_tell_what_belongs_together(cityscapes, blocks):
+    source = open_segmentation(
+        *cityscapes,
+        CLASSES,
+        default_encoding(5),
+        image_suffix="_leftImg8bit",
+        label_suffix="_gtFine_labelTrainIds",
+    )
+    assert [Path(source.image_name(index)).name for index in range(len(source))] == [
+        "aachen_000_leftImg8bit.png",
+        "bochum_001_leftImg8bit.png",
+    ]
+    for number in range(2):
+        assert numpy.array_equal(source.annotation(number).read(SIZE), blocks(SIZE, number))
+    (finding,) = source.findings
+    assert finding.summary == "passed over 2 files whose names do not end in _leftImg8bit and _gtFine_labelTrainIds"
+    assert all(item.endswith("_gtFine_color.png") for item in finding.items)
+    with pytest.raises(UserError, match=r"no image in .*leftImg8bit has a label map in .*: check both folders$"):
+        open_segmentation(*cityscapes, CLASSES, default_encoding(5))
+    with pytest.raises(UserError, match=r"gtFine holds no label maps whose names end in _labelIds: accepted are \.png"):
+        open_segmentation(*cityscapes, CLASSES, default_encoding(5), label_suffix="_labelIds")
+
+
+@pytest.fixture
+def together(tmp_path, encoded, noise, blocks):
+    """Images and label maps in one folder, a.jpg and a_mask.png, and so on."""
+    folder = tmp_path / "together"
+    folder.mkdir()
+    for number, name in enumerate(("a", "b", "c1")):
+        extension = "png" if name == "b" else "jpg"
+        file = encoded(noise(SIZE, number), "PNG" if name == "b" else "JPEG")
+        (folder / f"{name}.{extension}").write_bytes(file.read())
+        (folder / f"{name}_mask.png").write_bytes(encoded(blocks(SIZE, number)).read())
+    return folder
+
+
+def test_one_folder_may_hold_both_where_a_suffix_tells_them_apart(together, blocks):
+    source = open_segmentation(together, together, CLASSES, default_encoding(5), label_suffix="_mask")
+    assert [Path(source.image_name(index)).name for index in range(len(source))] == ["a.jpg", "b.png", "c1.jpg"]
+    assert numpy.array_equal(source.annotation(2).read(SIZE), blocks(SIZE, 2))
+    assert source.findings == []
+
+
+def test_a_label_map_is_not_its_own_image(together, label_folders, tmp_path):
+    """Neither in one folder for both, nor by the folder of label maps or a link to it as images."""
+    with pytest.raises(UserError) as error:
+        open_segmentation(together, together, CLASSES, default_encoding(5), skip_damaged=True)
+    assert "a_mask.png is taken for an image and for its label map: give another folder" in str(error.value)
+    maps = label_folders[1]
+    (tmp_path / "link").symlink_to(maps)
+    for images in (maps, tmp_path / "link"):
+        with pytest.raises(UserError, match=r"a\.b\.png is taken for an image and for its label map"):
+            open_segmentation(images, maps, CLASSES, default_encoding(5))
+
+
+def test_a_suffix_that_was_forgotten_is_guessed(together, tmp_path):
+    maps = tmp_path / "maps_apart"
+    maps.mkdir()
+    for path in together.glob("*_mask.png"):
+        path.rename(maps / path.name)
+    with pytest.raises(UserError, match=r"check both folders \(perhaps --label-suffix _mask\)$"):
+        open_segmentation(together, maps, CLASSES, default_encoding(5))
+    (maps / "a_mask.png").rename(maps / "a.png")
+    with pytest.raises(UserError, match=r"2 of the 3 images .*--skip-damaged \(perhaps --label-suffix _mask\)$"):
+        open_segmentation(together, maps, CLASSES, default_encoding(5))

@@ -15,8 +15,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from convmae.data import segmentation
-from convmae.data.ade20k import LabelMap, open_segmentation
+from convmae.data.ade20k import open_segmentation
 from convmae.data.images import UndecodableImageError
+from convmae.data.label_maps import LabelMap, default_encoding
 from convmae.data.loading import Loading, build_evaluation_loader, build_training_loader
 from convmae.data.placement import random_part
 from convmae.data.segmentation import RandomScaleCrop, ResizeShorterSide
@@ -33,13 +34,13 @@ LABEL_STEP = 50
 
 def label_map(folder, labels, name="labels.png", num_classes=5, reduce_zero_label=False):
     Image.fromarray(labels).save(folder / name)
-    return LabelMap(folder / name, num_classes, reduce_zero_label)
+    return LabelMap(folder / name, default_encoding(num_classes, reduce_zero_label))
 
 
 @pytest.fixture
 def folders(label_folders):
     """A function that opens pictures with their label maps."""
-    return lambda: open_segmentation(*label_folders, CLASSES, reduce_zero_label=False)
+    return lambda: open_segmentation(*label_folders, CLASSES, default_encoding(len(CLASSES)))
 
 
 @pytest.fixture(scope="session")

@@ -1,72 +1,24 @@
-"""Images with a class for each pixel, in ADE20K's layout.
+"""Images with a class for each pixel, in ADE20K's layout or any other two folders.
 
-A label map is a PNG file of its image's size and name, read and checked together with it. H height, W width.
+A label map is a PNG file of its image's size and name, but for suffixes, see `label_maps`.
 """
 
 import os
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
-import numpy
-import torch
-from PIL import Image
-from torch import Tensor
-
-from convmae.data.images import UndecodableImageError, UnfitAnnotationError, undecodable_if_damaged
+from convmae.data.class_lists import ClassList, ClassRow, class_list, read_class_list, read_text
+from convmae.data.label_maps import LabelEncoding, LabelMap
 from convmae.data.sources import EXTENSIONS, FileReader, ImageCollection, found_part
 from convmae.errors import UserError
 from convmae.findings import Finding
-from convmae.labels import IGNORED
 
 _ADE20K_TABLE = "objectInfo150.txt"  # of its classes, in its folder
-
-
-class LabelMap(NamedTuple):
-    """The file with the class of each pixel of an image."""
-
-    path: Path
-    num_classes: int
-    reduce_zero_label: bool
-    """Whether 0 in the file is IGNORED and the classes begin at 1."""
-
-    def read(self, size: tuple[int, int]) -> Tensor:
-        """uint8 (H, W) of an image of this size, classes from 0 on or IGNORED; raises UnfitAnnotationError."""
-        stored = self._stored()
-        if stored.shape != size:
-            (height, width), (wanted_height, wanted_width) = stored.shape, size
-            turned = ", perhaps before its EXIF data turn it" if stored.shape == size[::-1] else ""
-            raise self._unfit(f"is {width}x{height}, the image {wanted_width}x{wanted_height}{turned}")
-        first = int(self.reduce_zero_label)
-        largest = int(stored.max(where=stored != IGNORED, initial=0))
-        if largest >= first + self.num_classes:
-            raise self._unfit(
-                f"has the label {largest}, but there are {self.num_classes} classes, counted from {first} on: check "
-                "their list and --reduce-zero-label"
-            )
-        classes = numpy.full(256, IGNORED, dtype=numpy.uint8)
-        classes[first : first + self.num_classes] = numpy.arange(self.num_classes)
-        return torch.from_numpy(classes[stored])
-
-    def _stored(self) -> numpy.ndarray:
-        """The numbers in the file, uint8 (H, W); of a palette its indices."""
-        try:
-            with undecodable_if_damaged(), Image.open(self.path, formats=["PNG"]) as image:
-                stored = image.tile  # which reading forgets
-                mode, numbers = image.mode, numpy.asarray(image)
-                storage = stored[0][3]  # Pillow's mode hides that it spreads grey of 2 and 4 bits over 8
-        except UndecodableImageError as error:
-            raise self._unfit(f"is no PNG that can be read: {error}") from error
-        if mode == "P" or storage in ("1", "L"):
-            return numbers.astype(numpy.uint8)
-        if mode in ("L", "I", "I;16"):
-            bits = {"L;2": 2, "L;4": 4}.get(str(storage), 16)
-            raise self._unfit(f"has {bits}-bit labels: write them with 8 bits")
-        raise self._unfit(f"has colours or transparency ({mode}), not labels: write one number of 8 bits a pixel")
-
-    def _unfit(self, reason: str) -> UnfitAnnotationError:
-        return UnfitAnnotationError(f"its label map {self.path} {reason}")
+_HINTING = 100  # label maps by which another suffix is guessed
 
 
 class SegmentationImages(ImageCollection):
@@ -78,16 +30,17 @@ class SegmentationImages(ImageCollection):
         paths: Sequence[str],
         maps: Sequence[str],
         classes: Sequence[str],
-        reduce_zero_label: bool,
+        encoding: LabelEncoding,
         findings: Sequence[Finding],
     ) -> None:
         """maps: the label map of each path, in the same order. findings: what was left out."""
         super().__init__(name, FileReader(paths), list(paths).__getitem__, classes)
-        self._maps, self.reduce_zero_label, self.findings = list(maps), reduce_zero_label, list(findings)
+        self._maps, self.encoding = list(maps), encoding
+        self.findings: list[Finding] = list(findings)
 
     def annotation(self, index: int) -> LabelMap:
         """The label map of image number `index`, not yet read."""
-        return LabelMap(Path(self._maps[index]), len(self.classes), self.reduce_zero_label)
+        return LabelMap(Path(self._maps[index]), self.encoding)
 
     def open_annotated(self, index: int) -> tuple[BinaryIO, Any]:
         """The encoded image number `index` and its LabelMap; the caller closes it."""
@@ -120,28 +73,21 @@ def is_ade20k(data: Path | None, classes: Path | None = None) -> bool:
     return in_folder or (classes is not None and Path(classes).name == _ADE20K_TABLE)
 
 
-def read_classes(data: Path | None, file: Path | None) -> list[str]:
-    """The names of the classes in the order of their labels.
+def read_classes(data: Path | None, file: Path | None) -> ClassList:
+    """The classes in the order of their labels.
 
-    They stand in `file`, or else in classes.txt of the folder `data`, one a line, or in ADE20K's own table there, of
-    whose synonyms the first is taken. Raises UserError where there is no such file, it cannot
-    be read, or a name is empty or comes twice.
+    They stand in `file`, see `class_lists`, or else in classes.txt or CVAT's labelmap.txt of the folder `data`, or in
+    ADE20K's own table there, of whose synonyms the first is taken. Raises UserError where there is no such file, it
+    cannot be read, or a name is empty or comes twice.
     """
     path = _usual_classes(data) if file is None else Path(file)
     if path is None:
         lacking = f"there is no classes.txt in {data}" if data else "nothing names the classes"
         raise UserError(f"{lacking}: write a text file with the name of a class a line, and give it as --classes")
-    lines, is_table = _lines(path), path.name == _ADE20K_TABLE
-    names = _first_synonyms(_table(path, lines)) if is_table else [line.strip() for line in lines]
-    for place, name in enumerate(names):
-        where = f"{path}, line {place + 1 + is_table},"
-        if not name:
-            raise UserError(f"{where} names no class: remove it, or name the class of label {place}")
-        if name in names[:place]:
-            raise UserError(f"{where} names the class {name} again: give each class a name of its own")
-    if not 2 <= len(names) <= IGNORED:
-        raise UserError(f"{path} names {len(names)} classes: it must be 2 to {IGNORED}, one a line")
-    return names
+    if path.name != _ADE20K_TABLE:
+        return read_class_list(path)
+    names = _first_synonyms(_table(path))
+    return class_list(path, [ClassRow(f"line {number}", name) for number, name in enumerate(names, 2)])
 
 
 def names_classes(data: Path | None) -> bool:
@@ -155,32 +101,22 @@ def calls_classes(data: Path, names: Sequence[str]) -> bool:
     Published weights have the second of "television, television receiver, ...". Raises UserError where the folder
     does not name its classes, or names them wrongly.
     """
-    own, path = read_classes(data, None), _usual_classes(data)
+    own, path = read_classes(data, None).names, _usual_classes(data)
     assert path is not None
     synonyms = [{name} for name in own]
     if path.name == _ADE20K_TABLE:
-        synonyms = [
-            {name, *map(str.strip, row.split(","))} for name, row in zip(own, _table(path, _lines(path)), strict=True)
-        ]
+        synonyms = [{name, *map(str.strip, row.split(","))} for name, row in zip(own, _table(path), strict=True)]
     return len(names) == len(own) and all(name in known for name, known in zip(names, synonyms, strict=True))
 
 
 def _usual_classes(data: Path | None) -> Path | None:
-    usual = [] if data is None else [Path(data, "classes.txt"), Path(data, _ADE20K_TABLE)]
+    usual = [] if data is None else [Path(data, name) for name in ("classes.txt", _ADE20K_TABLE, "labelmap.txt")]
     return next((path for path in usual if path.is_file()), None)
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read, check --classes: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8: give a text file with a class a line as --classes") from error
-
-
-def _table(path: Path, lines: list[str]) -> list[str]:
+def _table(path: Path) -> list[str]:
     """All synonyms of each class in ADE20K's table, as they stand there."""
+    lines = read_text(path).rstrip().splitlines()
     header, *rows = [[field.strip() for field in line.split("\t")] for line in lines] or [[""]]
     if header[-1] != "Name":
         raise UserError(f"{path}, line 1, does not end with the column Name: download the file again")
@@ -198,68 +134,125 @@ def _first_synonyms(classes: list[str]) -> list[str]:
 
 
 def open_segmentation(
-    images: Path, annotations: Path, classes: Sequence[str], reduce_zero_label: bool, skip_damaged: bool = False
+    images: Path,
+    annotations: Path,
+    classes: Sequence[str],
+    encoding: LabelEncoding,
+    skip_damaged: bool = False,
+    image_suffix: str = "",
+    label_suffix: str = "",
 ) -> SegmentationImages:
     """The images of one folder whose label maps another holds, at any depth, under the same names with .png.
 
-    classes: names in the order of the labels; reduce_zero_label: whether label 0 is no class and label 1 the first.
-    skip_damaged: leave out images without a label map and label maps without an image, and tell them in `findings`;
-    otherwise one of them raises UserError. So does a folder without a single pair.
+    classes: names in the order of the labels; encoding: how label maps write them. skip_damaged: leave out images
+    without a label map and label maps without an image, and tell them in `findings`; otherwise one of them raises
+    UserError. So does a folder without a single pair, and a file that is both an image and its label map.
+
+    image_suffix, label_suffix: what the names of images and of label maps have at their ends besides what they share;
+    files without it are passed over, and told in `findings`.
     """
-    if len(classes) + reduce_zero_label > IGNORED:
-        raise UserError(
-            f"{len(classes)} classes from {int(reduce_zero_label)} on need the label {IGNORED}, which no class can "
-            "have: leave out one"
-        )
-    image_files = _by_name(images, "images", EXTENSIONS)
-    label_maps = _by_name(annotations, "label maps", (".png",))
+    label_maps, other_maps = _by_name(annotations, "label maps", (".png",), label_suffix)
+    both = frozenset(map(os.path.realpath, label_maps.values())) if label_suffix else frozenset()
+    image_files, other_images = _by_name(images, "images", EXTENSIONS, image_suffix, both)
     pairs = sorted(image_files.keys() & label_maps.keys())
     if not pairs:
         raise UserError(
-            f"no image in {images} has a label map in {annotations}, of the same name with .png: check both folders"
+            f"no image in {images} has a label map in {annotations}, of the same name with .png"
+            f"{f' after {label_suffix}' if label_suffix else ''}: check both folders{_hint(image_files, label_maps)}"
         )
+    for name in pairs:
+        if _are_one_file(image_files[name], label_maps[name]):
+            raise UserError(
+                f"{label_maps[name]} is taken for an image and for its label map: give another folder of images or of "
+                f"label maps, or tell them apart by --label-suffix{_hint(image_files, label_maps)}"
+            )
     unlabelled = [image_files[name] for name in sorted(image_files.keys() - label_maps.keys())]
     unseen = [label_maps[name] for name in sorted(label_maps.keys() - image_files.keys())]
     if unlabelled and not skip_damaged:
         raise UserError(
             f"{len(unlabelled)} of the {len(image_files)} images in {images} have no label map in {annotations}, the "
             f"first is {unlabelled[0]}: check the folders, or leave them out with --skip-damaged"
+            f"{_hint(*(map(_stem, files) for files in (unlabelled, unseen)))}"
         )
     if unseen and not skip_damaged:
         raise UserError(
             f"{len(unseen)} of the {len(label_maps)} label maps in {annotations} have no image in {images}, the "
             f"first is {unseen[0]}: check the folders, or leave them out with --skip-damaged"
         )
+    used = {*image_files.values(), *label_maps.values()}
+    passed_over = sorted({*other_maps, *other_images} - used)
+    suffixes = " and ".join(suffix for suffix in (image_suffix, label_suffix) if suffix)
+    findings = [
+        Finding(f"left out {len(found)} {what}", [f"{path}: {fault}" for path in found])
+        for found, what, fault in (
+            (unlabelled, "images without a label map", "has no label map"),
+            (unseen, "label maps without an image", "has no image"),
+        )
+        if found
+    ]
+    if passed_over:
+        files = "1 file whose name does" if len(passed_over) == 1 else f"{len(passed_over)} files whose names do"
+        findings.append(Finding(f"passed over {files} not end in {suffixes}", passed_over))
     return SegmentationImages(
         str(images),
         [image_files[name] for name in pairs],
         [label_maps[name] for name in pairs],
         classes,
-        reduce_zero_label,
-        [
-            Finding(f"left out {len(found)} {what}", [f"{path}: {fault}" for path in found])
-            for found, what, fault in (
-                (unlabelled, "images without a label map", "has no label map"),
-                (unseen, "label maps without an image", "has no image"),
-            )
-            if found
-        ],
+        encoding,
+        findings,
     )
 
 
-def _by_name(folder: Path, what: str, extensions: Sequence[str]) -> dict[str, str]:
-    """The files with these extensions at any depth, by their path inside the folder without the extension."""
+def _by_name(
+    folder: Path, what: str, extensions: Sequence[str], suffix: str, apart: frozenset[str] = frozenset()
+) -> tuple[dict[str, str], list[str]]:
+    """The files with these extensions at any depth, by their path inside the folder without suffix and extension.
+
+    And those whose names do not end in the suffix. apart: real paths of files that are neither.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the one with the {what}")
     found: dict[str, str] = {}
+    others: list[str] = []
     for parent, _, names in os.walk(folder, followlinks=True):
         for path in (Path(parent, name) for name in sorted(names)):
-            if path.suffix.lower() in extensions:
-                name = path.relative_to(folder).with_suffix("").as_posix()
-                if name in found:
-                    raise UserError(f"{found[name]} and {path} differ in the extension alone: rename or move one")
-                found[name] = str(path)
+            if path.suffix.lower() not in extensions or (apart and os.path.realpath(path) in apart):
+                continue
+            if not path.stem.endswith(suffix):
+                others.append(str(path))
+                continue
+            name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(suffix)
+            if name in found:
+                raise UserError(f"{found[name]} and {path} differ in the extension alone: rename or move one")
+            found[name] = str(path)
     if not found:
-        raise UserError(f"{folder} holds no {what}: accepted are {' '.join(extensions)}")
-    return found
+        ending = f" whose names end in {suffix}" if suffix else ""
+        raise UserError(f"{folder} holds no {what}{ending}: accepted are {' '.join(extensions)}")
+    return found, others
+
+
+def _are_one_file(path: str, other: str) -> bool:
+    try:
+        return Path(path).samefile(other)
+    except OSError:  # one is gone, and whoever reads it says so
+        return False
+
+
+def _stem(path: str) -> str:
+    return Path(path).stem
+
+
+def _hint(images: Iterable[str], label_maps: Iterable[str]) -> str:
+    """What to say where the names of label maps are those of images and more, in all cases the same.
+
+    Both without folders and extensions.
+    """
+    known = sorted(images)
+    suffixes = set()
+    for name in islice(label_maps, _HINTING):
+        place = bisect_left(known, name)
+        if place and name.startswith(known[place - 1]):
+            suffixes.add(name.removeprefix(known[place - 1]))
+    suffix = suffixes.pop() if len(suffixes) == 1 else ""
+    return f" (perhaps --label-suffix {suffix})" if suffix and not suffix[0].isalnum() else ""

@@ -69,7 +69,7 @@ class TrainingImages(Dataset):
                     self.source, partial(self.source.open_annotated, position), self.transform, seeds
                 )
             except UndecodableImageError as error:
-                failed.append(_failure(self.source.image_name(position), error, self.skip_damaged))
+                failed.append(failure_line(self.source.image_name(position), error, self.skip_damaged))
             else:
                 return [{**sample, "key": key} for sample in _with_failures(samples, failed)]
         raise _all_failed(self.source, failed)
@@ -123,7 +123,7 @@ class StreamedTrainingImages(IterableDataset):
                 seeds = [mixed_seed(*key, view) for view in range(self.aug_repeats)]
                 samples = _transformed(self.source, image.open_annotated, self.transform, seeds)
             except UndecodableImageError as error:
-                failed.append(_failure(image.name(), error, self.skip_damaged))
+                failed.append(failure_line(image.name(), error, self.skip_damaged))
                 if len(failed) == _most_failures(self.source):
                     raise _all_failed(self.source, failed) from error
                 continue
@@ -201,10 +201,10 @@ def _judged(
     try:
         return {**_transformed(source, open_annotated, transform), "failed": []}
     except UndecodableImageError as error:
-        return {"failed": [_failure(name(), error, skip_damaged)]}
+        return {"failed": [failure_line(name(), error, skip_damaged)]}
 
 
-def _failure(name: str, error: UndecodableImageError, skip_damaged: bool) -> str:
+def failure_line(name: str, error: UndecodableImageError, skip_damaged: bool) -> str:
     """Name and fault of a damaged image in one line; raises UserError unless skip_damaged."""
     if not skip_damaged:
         fault = "cannot be decoded, replace or delete it"

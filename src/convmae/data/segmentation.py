@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from convmae.data.ade20k import LabelMap
 from convmae.data.images import decode_image
+from convmae.data.label_maps import LabelMap
 from convmae.data.placement import (
     Placement,
     cut,

@@ -4,7 +4,7 @@ Shape letters: B batch, C channels, H height and W width in pixels, N classes.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -120,7 +120,8 @@ class Segmenter(nn.Module):
     head_width, auxiliary_width: channels of UperNet's convolutions, and of the auxiliary head's.
     auxiliary_weight: of the auxiliary head's loss; the head looks at stride 16, in training only.
     classes: their names. reduce_zero_label: whether label 0 of the data's files was no class, as ADE20K's; recorded for
-        whoever writes label maps.
+        whoever writes label maps, as is label_encoding: other numbers or colours of the classes in these files, as
+        `convmae.data.label_maps` describes them.
     """
 
     kind = "segmenter"
@@ -137,6 +138,7 @@ class Segmenter(nn.Module):
         auxiliary_weight: float = 0.4,
         classes: Sequence[str] | None = None,
         reduce_zero_label: bool = False,
+        label_encoding: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> None:
         super().__init__()
@@ -166,6 +168,8 @@ class Segmenter(nn.Module):
             "classes": None if classes is None else list(classes),
             "reduce_zero_label": reduce_zero_label,
         }
+        if label_encoding is not None:  # earlier versions read the other files
+            self._head["label_encoding"] = dict(label_encoding)
         widths = [info["num_chs"] for info in self.encoder.feature_info]
         strides = [info["reduction"] for info in self.encoder.feature_info]
         if 16 not in strides:

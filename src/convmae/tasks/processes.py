@@ -1,8 +1,8 @@
 """What the processes of a run share: the images among them, batch statistics, and what each has found."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed
@@ -79,6 +79,20 @@ def gathered(fabric: Fabric, found: Sequence[T]) -> list[T]:
     parts: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(parts, found)
     return [one for part in parts for one in part]
+
+
+def from_first(fabric: Fabric, find: Callable[[], T]) -> T:
+    """What the first process finds, in all; its UserError is raised in all. Every process must call this."""
+    found: T | UserError | None = None
+    if fabric.is_global_zero:
+        try:
+            found = find()
+        except UserError as error:
+            found = error
+    shared = fabric.broadcast(found)
+    if isinstance(shared, UserError):
+        raise shared
+    return cast(T, shared)
 
 
 def tracked(fabric: Fabric, judged: Iterable[T], count: int, description: str) -> Iterator[T]:

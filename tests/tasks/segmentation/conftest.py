@@ -4,6 +4,7 @@ import pytest
 
 import convmae
 from convmae.data.ade20k import find_ade20k, open_segmentation
+from convmae.data.label_maps import default_encoding
 from convmae.data.loading import Loading
 from convmae.training.engine import DeviceOptions, start_engine
 
@@ -24,7 +25,8 @@ def source_of(ade20k_scenes, network):
     """source_of("train" or "val", folder=...) -> its pictures; those that are damaged are left out."""
 
     def opened(split, folder=ade20k_scenes):
-        return open_segmentation(*find_ade20k(folder, split, None, None), network.classes, False, True)
+        folders = find_ade20k(folder, split, None, None)
+        return open_segmentation(*folders, network.classes, default_encoding(len(network.classes)), True)
 
     return opened
 

@@ -73,11 +73,31 @@ def test_a_class_may_be_called_anything_and_may_not_occur():
     """Brackets are rich's markup elsewhere, where a closing one without its opening one raises."""
     console = Console(file=io.StringIO(), width=80)
     print_quality(SegmentationQuality(torch.tensor([[3, 1], [0, 0]])), ["[/cat]", "dog"], console)
-    rows = [line for line in console.file.getvalue().splitlines() if "[/cat]" in line or "dog" in line]
+    *rows, note = [line for line in console.file.getvalue().splitlines() if "[/cat]" in line or "dog" in line]
+    assert note.startswith("no pixel of this class is in the label maps: dog; - is what nothing can be said of")
     assert [[cell.strip() for cell in row.strip("│").split("│")] for row in rows] == [
         ["[/cat]", "75.0", "75.0", "100.0"],
         ["dog", "0.0", "-", "0.0"],
     ]
+
+
+def test_a_class_that_is_absent_does_not_hide_how_good_the_others_are():
+    """By hand: a is right in 3 of the 4 pixels that it has or is given, b in all, c has none and is given one."""
+    quality = SegmentationQuality(torch.tensor([[3, 0, 1, 0], [0, 4, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]))
+    console = Console(file=io.StringIO(), width=100)
+    print_quality(quality, ["a", "b", "c", "d"], console)
+    printed = console.file.getvalue()
+    assert "nan" not in printed.lower()
+    figures = {
+        line.split("│")[1].split(",")[0].strip(): line.split("│")[2].strip()
+        for line in printed.splitlines()[1:]
+        if line.count("│") == 3
+    }
+    assert figures["mIoU"] == f"{100 * (0.75 + 1 + 0) / 3:.1f}"
+    assert figures["mIoU of the classes that have pixels"] == f"{100 * (0.75 + 1) / 2:.1f}"
+    assert "no pixel of these 2 classes is in the label maps: c, d; " in printed
+    rows = [line.strip("│").split("│") for line in printed.splitlines() if line.startswith(("│ c", "│ d"))]
+    assert [[cell.strip() for cell in row] for row in rows] == [["c", "0.0", "-", "0.0"], ["d", "-", "-", "0.0"]]
 
 
 def test_the_file_has_nothing_where_there_is_no_such_class(tmp_path):

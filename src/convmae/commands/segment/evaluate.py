@@ -7,18 +7,20 @@ from rich.console import Console
 
 from convmae.commands.frozen import checked_output, load_frozen_segmenter, report_damaged, tell_findings
 from convmae.commands.options import LimitOptions, spread
+from convmae.commands.segment.label_maps import LabelMapOptions, evaluation_encoding
 from convmae.data.ade20k import calls_classes, find_ade20k, names_classes, open_segmentation, read_classes
 from convmae.errors import UserError, check_positive
 from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.models.segmenter import Segmenter
 from convmae.tasks.processes import gathered, process_loading, tracked
+from convmae.tasks.segmentation.check import check_evaluation
 from convmae.tasks.segmentation.judge import Judge, print_quality, write_quality
 from convmae.tasks.segmentation.views import Inference, InferenceOptions
 from convmae.training.checkpoint import replace_file
 from convmae.training.engine import EngineOptions
 
 
-@spread("limits")
+@spread("limits", "label_maps")
 def evaluate(
     weights: Path,
     data: Path | None = None,
@@ -32,6 +34,7 @@ def evaluate(
     inference: InferenceOptions = InferenceOptions(),
     engine: EngineOptions = EngineOptions(),
     limits: LimitOptions = LimitOptions(),
+    label_maps: LabelMapOptions = LabelMapOptions(),
 ) -> SegmentationQuality:
     """Judge a segmenter by the overlap of predicted and true classes (mIoU) and by accuracy, in total and by class.
 
@@ -61,18 +64,22 @@ def evaluate(
     network, fabric = model.network, model.fabric
     if data is not None and names_classes(data):
         _check_classes(data, network)
-    if reduce_zero_label is None:
-        reduce_zero_label = network.settings["reduce_zero_label"]
-    source = open_segmentation(*folders, network.classes, reduce_zero_label, skip_damaged)
+    encoding = evaluation_encoding(network.classes, network.settings, reduce_zero_label, label_maps)
+    source = open_segmentation(
+        *folders, network.classes, encoding, skip_damaged, label_maps.image_suffix, label_maps.label_suffix
+    )
+    loading = process_loading(fabric, engine, batch_size, skip_damaged)
+    inferred = Inference(inference, network, batch_size, model.decoding)
+    check_evaluation(fabric, source, loading)
     if fabric.is_global_zero:
         tell_findings(source, model.decoding)
     damaged: list[str] = []
     judge = Judge(
         fabric,
         source,
-        Inference(inference, network, batch_size, model.decoding),
+        inferred,
         lambda _, failed: damaged.extend(failed),
-        process_loading(fabric, engine, batch_size, skip_damaged),
+        loading,
     )
     quality = judge(network, lambda judged: list(tracked(fabric, judged, len(source), "segmenting")))
     left_out = gathered(fabric, damaged)
@@ -91,7 +98,7 @@ def _check_classes(data: Path, network: Segmenter) -> None:
     Figures by others would mean nothing.
     """
     names = network.settings["classes"]
-    same = len(read_classes(data, None)) == network.num_classes if names is None else calls_classes(data, names)
+    same = len(read_classes(data, None).names) == network.num_classes if names is None else calls_classes(data, names)
     if not same:
         raise UserError(
             f"{data} names other classes than the segmenter's: give --images and --annotations instead of --data if "

@@ -14,6 +14,7 @@ from torch import Tensor
 from convmae.commands.frozen import OrderedBatches, load_frozen_segmenter, open_ordered_images, report_damaged
 from convmae.commands.options import BatchOptions, ImageOptions, LimitOptions, spread
 from convmae.data.images import decode_image
+from convmae.data.label_maps import LabelEncoding, recorded_encoding
 from convmae.data.sources import ImageCollection
 from convmae.errors import UserError, check_positive
 from convmae.tasks.segmentation.views import Inference, InferenceOptions
@@ -29,7 +30,8 @@ class SegmentationResult:
     """Where the label maps are."""
 
     label_maps: tuple[Path, ...]
-    """8-bit PNG files in the images' sizes; their values are the labels of the training data's own files."""
+    """8-bit PNG files in the images' sizes; their values are the labels of the training data's own files, and where
+    these had colours, so have they, as a palette."""
     overlays: tuple[Path, ...]
     """Files of the drawn pictures, with a legend."""
 
@@ -74,7 +76,8 @@ def predict(
     infer = Inference(inference, network, batch_size, model.decoding)
     one_by_one = BatchOptions(reading.split, reading.skip_damaged, reading.engine, batch_size=1)  # sizes differ
     batches = OrderedBatches(model, infer.transform, source, one_by_one, "segmenting")
-    first_label = int(network.settings["reduce_zero_label"])
+    settings = network.settings
+    encoding = recorded_encoding(network.num_classes, settings["reduce_zero_label"], settings.get("label_encoding"))
     label_maps: list[Path] = []
     overlays: list[Path] = []
     shares: dict[str, Counter[str]] = {}
@@ -83,7 +86,7 @@ def predict(
             with model.fabric.autocast():
                 found = infer(network, views, size).to(torch.uint8).cpu()
             path = output / "label_maps" / names[index]
-            _write(path, found + first_label)
+            _write(path, found, encoding)
             label_maps.append(path)
             classes, counts = found.unique(return_counts=True)
             shares[source.image_name(index)] = Counter(
@@ -125,9 +128,15 @@ def _file_names(images: str, source: ImageCollection) -> list[Path]:
     return list(names)
 
 
-def _write(path: Path, labels: Tensor) -> None:
+def _write(path: Path, classes: Tensor, encoding: LabelEncoding) -> None:
+    """Write the classes of pixels, uint8 (H, W), as the training's label maps do; with colours as a palette."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(labels.numpy())
+    image = Image.fromarray(torch.tensor(encoding.values, dtype=torch.uint8)[classes.int()].numpy())
+    if encoding.colours is not None:
+        palette = [(0, 0, 0)] * 256
+        for value, colour in zip(encoding.values, encoding.colours, strict=True):
+            palette[value] = colour
+        image.putpalette([channel for colour in palette for channel in colour])
     replace_file(path, lambda temporary: image.save(temporary, format="PNG"))
 
 

@@ -8,8 +8,11 @@ import torch
 
 from convmae.commands.options import PixelOptions, flat_settings, origin_of, spread
 from convmae.commands.pixels import settle_pixels, tell_no_colours
-from convmae.data.ade20k import find_ade20k, is_ade20k, open_segmentation, read_classes
+from convmae.commands.segment.label_maps import LabelMapOptions, training_encoding
+from convmae.data.ade20k import find_ade20k, is_ade20k, names_classes, open_segmentation, read_classes
+from convmae.data.class_lists import ClassList
 from convmae.data.failures import DecodingFailures
+from convmae.data.label_maps import read_colours
 from convmae.data.segmentation import RandomScaleCrop
 from convmae.errors import check_rate
 from convmae.evaluation.segmentation import SegmentationQuality
@@ -17,6 +20,7 @@ from convmae.kinds import create_segmenter, load_segmenter
 from convmae.models.config import height_and_width
 from convmae.models.segmenter import Segmenter, checked_size
 from convmae.tasks.processes import demo_scenes, process_loading
+from convmae.tasks.segmentation.check import check_training
 from convmae.tasks.segmentation.job import SegmentationJob
 from convmae.tasks.segmentation.judge import write_quality
 from convmae.tasks.segmentation.pictures import draw_examples
@@ -57,7 +61,7 @@ class SegmenterTrainingResult:
     steps: int
 
 
-@spread("options", "pixels")
+@spread("options", "pixels", "label_maps")
 def train(
     data: str | None = None,
     weights: Path | None = None,
@@ -82,6 +86,7 @@ def train(
     variation: VariationOptions = VariationOptions(),
     inference: InferenceOptions = InferenceOptions(),
     pixels: PixelOptions = PixelOptions(),
+    label_maps: LabelMapOptions = LabelMapOptions(),
 ) -> SegmenterTrainingResult:
     """Train an UperNet on a pretrained encoder, or from scratch.
 
@@ -93,8 +98,9 @@ def train(
         weights: a pretraining run, checkpoint or file, ours or published, or a segmenter's; left out, training starts
             from scratch.
         model: size, for training from scratch: tiny, small, base, large or huge.
-        classes: a text file with a class name in each line, in the order of the labels; by default classes.txt or
-            ADE20K's objectInfo150.txt in data.
+        classes: a text file with a class name in each line, in the order of the labels, or a list with numbers or
+            colours as tools write them (CSV, YAML, JSON, CVAT's labelmap.txt); by default classes.txt, ADE20K's
+            objectInfo150.txt or labelmap.txt in data.
         reduce_zero_label: whether label 0 is no class and label 1 the first; by default so for ADE20K, which has
             objectInfo150.txt (in data, or given as classes), and not for others.
         train_images: another folder of training images than that of data.
@@ -113,7 +119,8 @@ def train(
     Raises UserError for settings or data that cannot work, and Interrupted after SIGTERM or Ctrl-C, a checkpoint being
     written.
     """
-    settings = flat_settings(locals())
+    arguments = locals()
+    settings = flat_settings({**arguments, **vars(arguments.pop("label_maps"))})
     check_rate(drop_path=drop_path)
     run = Run(options, settings)
     fabric = run.start()
@@ -127,9 +134,14 @@ def train(
     validation_folders = find_ade20k(root, "val", val_images, val_annotations, ("--val-images", "--val-annotations"))
     if reduce_zero_label is None:
         reduce_zero_label = is_ade20k(root, classes)
-    names = read_classes(root, classes)
-    training = open_segmentation(*training_folders, names, reduce_zero_label, skip_damaged)
-    validation = open_segmentation(*validation_folders, names, reduce_zero_label, skip_damaged)
+    listed = _classes(root, classes, label_maps)
+    names = listed.names
+    encoding = training_encoding(listed, reduce_zero_label, label_maps)
+    training, validation = (
+        open_segmentation(*folders, names, encoding, skip_damaged, label_maps.image_suffix, label_maps.label_suffix)
+        for folders in (training_folders, validation_folders)
+    )
+    training.findings += listed.findings
 
     torch.manual_seed(options.seed)
     stated = {
@@ -141,7 +153,8 @@ def train(
         model,
         num_classes=len(names),
         classes=names,
-        reduce_zero_label=reduce_zero_label,
+        reduce_zero_label=encoding.reduce_zero_label,
+        label_encoding=encoding.description,
         drop_path=drop_path,
         **{name: value for name, value in stated.items() if value is not None},
     )
@@ -151,6 +164,7 @@ def train(
     network.set_grad_checkpointing(options.grad_checkpointing)
     images_of_a_pass = divide_batch(options.batch_size, fabric.world_size, options.accumulate)
     infer = Inference(inference, network, images_of_a_pass, decoding)
+    loading = process_loading(fabric, options.engine, images_of_a_pass, skip_damaged)
     job = SegmentationJob(
         fabric,
         network,
@@ -165,16 +179,25 @@ def train(
             decoding,
         ),
         infer,
-        process_loading(fabric, options.engine, images_of_a_pass, skip_damaged),
+        loading,
         origin=origin_of(weights, model),
         folder=options.output,
         seed=options.seed,
     )
+    check_training(fabric, training, validation, loading)
     finished = run.train(fabric, job)
     picture = options.output / "segmentation.png"
     if fabric.is_global_zero:
         draw_examples(picture, finished.network, validation, infer)
     return _finish(finished, names, picture)
+
+
+def _classes(data: Path | None, file: Path | None, options: LabelMapOptions) -> ClassList:
+    """The classes of the data, of their file, or of the list of colours where nothing else names them."""
+    if file is None and options.label_colours is not None and not names_classes(data):
+        listed = read_colours(options.label_colours)
+        return ClassList(listed.names, None, listed.colours, listed.findings)
+    return read_classes(data, file)
 
 
 def _network(weights: Path | None, model: str, **settings: Any) -> Segmenter:

@@ -59,7 +59,11 @@ class SegmentationJob(Job[Segmenter, SegmentationQuality]):
         share_batch_statistics(fabric, network)
         self.network, self.module = network, SegmenterTraining(network)
         self.origin, self.data = origin, training.name
-        self.findings = {source.name: source.findings for source in (training, validation)}
+        same = validation.name == training.name  # as where one folder holds all images
+        self.findings = {
+            training.name: training.findings,
+            f"{validation.name}{', validation' if same else ''}": validation.findings,
+        }
         self.contents = f"{len(training.classes)} classes in {len(training)} images"
         self.failures = DecodingFailures(folder)
         self._fabric, self._folder, self._training = fabric, folder, training
@@ -79,14 +83,20 @@ class SegmentationJob(Job[Segmenter, SegmentationQuality]):
             yield self._fabric.to_device((batch["images"], batch["labels"]))
 
     def load(self, file: Path, network: Segmenter) -> None:
-        """Fill the network; raises UserError where the file is of other classes or of another reduce_zero_label."""
+        """Fill the network; raises UserError where the file is of other classes or of label maps written otherwise."""
         training = self._training
         state, facts = weights.read(file)
         known = weights.flat(facts)
-        if (known.get("classes"), known.get("reduce_zero_label")) != (training.classes, training.reduce_zero_label):
+        encoding = training.encoding
+        stated = {name: known.get(name) for name in ("classes", "reduce_zero_label", "label_encoding")}
+        if stated != {
+            "classes": training.classes,
+            "reduce_zero_label": encoding.reduce_zero_label,
+            "label_encoding": encoding.description,
+        }:
             raise UserError(
                 f"{self._folder} holds a run with other classes than {training.name}, or with another "
-                "--reduce-zero-label: choose another --output"
+                "--reduce-zero-label, --label-values, --ignored-labels or --label-colours: choose another --output"
             )
         weights.fill(network, state)
 

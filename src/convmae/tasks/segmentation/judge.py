@@ -70,15 +70,27 @@ class Judge:
 
 
 def print_quality(quality: SegmentationQuality, classes: Sequence[str], console: Console) -> None:
-    """The three means, and overlap, accuracy and share of the pixels of each class, in per cent."""
+    """The means, and overlap, accuracy and share of the pixels of each class, in per cent; classes without pixels."""
     totals = [
         ("mIoU, overlap of predicted and true pixels, mean of the classes", quality.mIoU),
         ("mAcc, share of a class's pixels that are found, mean of the classes", quality.mAcc),
         ("aAcc, share of all pixels that are right", quality.aAcc),
     ]
+    has_pixels = quality.confusion.sum(dim=1) > 0
+    if quality.iou[~has_pixels].isfinite().any():
+        totals.append(("mIoU of the classes that have pixels", quality.iou[has_pixels].mean().item()))
     console.print(shares_table("segmentation, %", [""], totals))
     names = ("IoU", "accuracy", "of all pixels")
     console.print(shares_table("by class, %", names, _by_class(quality, classes), "class"))
+    if absent := [name for name, has in zip(classes, has_pixels.tolist(), strict=True) if not has]:
+        console.print(
+            f"no pixel of {'this class' if len(absent) == 1 else f'these {len(absent)} classes'} is in the label maps: "
+            f"{', '.join(absent)}; - is what nothing can be said of; IoU is 0 where a class is predicted all the same, "
+            "and counts in mIoU",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def write_quality(path: Path, quality: SegmentationQuality, classes: Sequence[str]) -> None:
