@@ -10,8 +10,10 @@ import torch
 from convmae.commands.options import flat_settings, origin_of, spread
 from convmae.data.coco import CocoImages, find_coco, open_coco
 from convmae.data.detection import LargeScaleJitter
+from convmae.data.duplicates import shared_files
 from convmae.data.failures import DecodingFailures
 from convmae.errors import UserError, check_choice, check_rate
+from convmae.findings import Finding
 from convmae.kinds import create_detector, load_detector
 from convmae.models.config import height_and_width
 from convmae.models.detector import Detector, checked_size
@@ -75,12 +77,14 @@ def train(
     drop_path: float = 0.1,
     skip_damaged: bool = False,
     jitter: JitterOptions = JitterOptions(),
+    boxes_from_masks: bool = False,
 ) -> DetectorTrainingResult:
     """Train a Mask R-CNN on a pretrained encoder, or from scratch; the defaults are the paper's.
 
     Args:
-        data: a folder in COCO's layout (annotations/instances_{train,val}2017.json, train2017, val2017); or demo, for
-            generated scenes that are written into output.
+        data: a folder in COCO's layout (annotations/instances_{train,val}2017.json, train2017, val2017) or in
+            Roboflow's (train/_annotations.coco.json, valid); or demo, for generated scenes that are written into
+            output.
         weights: a pretraining run, checkpoint or file, ours or published, or a detector's; left out, training starts
             from scratch.
         model: size, for training from scratch: tiny, small, base, large or huge.
@@ -98,6 +102,7 @@ def train(
         skip_damaged: leave out and list images that are missing or damaged and annotations that are broken instead of
             stopping.
         jitter: how training images are varied.
+        boxes_from_masks: draw boxes around masks instead of taking those of the files.
 
     Raises UserError for settings or data that cannot work, and Interrupted after SIGTERM or Ctrl-C, a checkpoint being
     written.
@@ -115,12 +120,17 @@ def train(
     training = open_coco(
         *find_coco(root, "train", train_annotations, train_images, ("--train-annotations", "--train-images")),
         skip_damaged,
+        boxes_from_masks=boxes_from_masks,
     )
     validation = open_coco(
-        *find_coco(root, "val", val_annotations, val_images, ("--val-annotations", "--val-images")), skip_damaged
-    )
-    if (training.classes, training.category_ids) != (validation.classes, validation.category_ids):
-        raise UserError(f"{validation.name} has other categories than {training.name}: both need the same")
+        *find_coco(root, "val", val_annotations, val_images, ("--val-annotations", "--val-images")),
+        skip_damaged,
+        boxes_from_masks=boxes_from_masks,
+    ).with_categories(training.classes, training.category_ids, training.name)
+    if shared := shared_files(training.paths, validation.paths):
+        number = f"{len(shared)} image is" if len(shared) == 1 else f"{len(shared)} images are"
+        summary = f"{number} in {training.name}, too, so that figures are better than on new images: take them out"
+        validation.findings.append(Finding(summary, [f"{path} is {other}" for other, path in shared]))
     for source in (training, validation):
         if not source.num_objects:
             raise UserError(f"{source.name} has no objects, or only crowds: annotate some, or give another file")
