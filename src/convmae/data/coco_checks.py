@@ -181,8 +181,8 @@ def _converted(written: numpy.ndarray, sizes: numpy.ndarray) -> list[tuple[str, 
 def _inside(boxes: numpy.ndarray, sizes: numpy.ndarray) -> numpy.ndarray:
     """Whether boxes of some size lie in their images, but for a little; bool (N,)."""
     loose = numpy.maximum(_LOOSE_PIXELS, _LOOSE * sizes)
-    within: numpy.ndarray = (boxes[:, :2] >= -loose).all(axis=1) & (boxes[:, 2:] <= sizes + loose).all(axis=1)
-    return within & (boxes[:, 2:] >= boxes[:, :2]).all(axis=1)
+    inside = (boxes[:, :2] >= -loose) & (boxes[:, 2:] <= sizes + loose) & (boxes[:, 2:] >= boxes[:, :2])
+    return numpy.all(inside, axis=1)
 
 
 def share_outside(found: Geometry) -> numpy.ndarray:

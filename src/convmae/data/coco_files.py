@@ -218,7 +218,7 @@ class Objects:
     damaged: numpy.ndarray
     """Objects that are left out; they are kept as regions that teach nothing."""
     pixelless: numpy.ndarray
-    """Objects smaller than a pixel, whose mask has none."""
+    """Objects whose mask is thinner than a pixel, and has none."""
     unmasked: numpy.ndarray
     """Objects whose mask is of no use, where none is needed."""
     coordinates: numpy.ndarray

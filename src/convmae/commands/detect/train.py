@@ -130,7 +130,8 @@ def train(
     if shared := shared_files(training.paths, validation.paths):
         number = f"{len(shared)} image is" if len(shared) == 1 else f"{len(shared)} images are"
         summary = f"{number} in {training.name}, too, so that figures are better than on new images: take them out"
-        validation.findings.append(Finding(summary, [f"{path} is {other}" for other, path in shared]))
+        pairs = [f"{path} is {other}" for other, path in shared]
+        validation.findings = [*validation.findings, Finding(summary, pairs)]
     for source in (training, validation):
         if not source.num_objects:
             raise UserError(f"{source.name} has no objects, or only crowds: annotate some, or give another file")
