@@ -219,6 +219,8 @@ class CocoImages(ImageCollection):
 
 def _inside(box: numpy.ndarray, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
     """The part of a box of left, top, width and height that is inside the image, None where nothing is."""
+    if numpy.isnan(box).any():
+        return None
     height, width = size
     left, top = max(0.0, float(box[0])), max(0.0, float(box[1]))
     right, bottom = min(float(width), float(box[0] + box[2])), min(float(height), float(box[1] + box[3]))
@@ -276,8 +278,11 @@ def _image_folder(data: Path, split: str, file: Path, flag: str) -> Path | None:
     """The one folder of this split's images, None where there is none."""
     if file.parent.name.lower() in _SPLITS[split]:
         return file.parent
-    names = list(dict.fromkeys([_split_in_name(file, split) or split, *_SPLITS[split]]))
-    named = [folder for name in names for parent in (data, data / "images") if (folder := parent / name).is_dir()]
+    parents = (data, data / "images")
+    own = _split_in_name(file, split) or split  # train2014 goes with train2014
+    named = [folder for parent in parents if (folder := parent / own).is_dir()] or [
+        folder for name in _SPLITS[split] for parent in parents if (folder := parent / name).is_dir()
+    ]
     return _only(named, f"folders of images for {split}", data, flag) or next(
         (folder for folder in (data / "images",) if folder.is_dir()), None
     )

@@ -12,11 +12,12 @@ from convmae.data.coco_files import Objects, ReadObjects, pixels_of
 from convmae.errors import UserError
 
 _LOOSE = 0.05  # share of its side by which an edge may be off, but always
-_LOOSE_PIXELS = 2.0
+_LOOSE_PIXELS = 1.5
 _OVERLAP = 0.5  # intersection over union from which a box is that of its mask
 _MANY = 0.2  # share of objects that one convention explains and COCO's does not
 _SMALLEST_SIDE = 8  # of an image, in which objects of a pixel are told from fractions
 _OUTSIDE = 0.05  # share of an object that may be outside its image untold
+_NO_ACCIDENT = 50  # objects
 _SAMPLE = 1000  # run lengths that are read in another order
 _CHUNK = 1 << 20  # coordinates at a time, as several arrays are made of them
 
@@ -109,11 +110,13 @@ def mask_convention(read: ReadObjects, found: Geometry) -> str | None:
     sound = ~read.objects.damaged
     masks = sound & ~numpy.isnan(extents[:, 0])
     number = int(masks.sum())
-    in_fractions = masks & (extents.max(axis=1) <= 1) & (found.sizes.min(axis=1) > _SMALLEST_SIDE)
+    in_fractions = masks & _in_fractions(extents, found.sizes)
     if (count := int(in_fractions.sum())) > _MANY * number:
         return (
             f"{count} of the {number} masks look like fractions of their images' width and height: write them in pixels"
         )
+    if _all_in_percent(extents[masks], found.sizes[masks]):
+        return f"all {number} masks look like percentages of width and height: write them in pixels"
     unfit = masks & ~numpy.isnan(boxes[:, 0]) & ~fits(boxes, extents)
     in_percent = unfit & fits(boxes, extents * sizes / 100)
     if (count := int(in_percent.sum())) > _MANY * number:
@@ -129,6 +132,17 @@ def mask_convention(read: ReadObjects, found: Geometry) -> str | None:
                 "them column by column, as COCO's go"
             )
     return None
+
+
+def _in_fractions(numbers: numpy.ndarray, sizes: numpy.ndarray) -> numpy.ndarray:
+    """Whether four numbers of a box or an extent are shares of its image, bool (N,)."""
+    low, high = numbers.min(axis=1), numbers.max(axis=1)
+    return (low >= 0) & (high > 0) & (high <= 1) & (sizes.min(axis=1) > _SMALLEST_SIDE)
+
+
+def _all_in_percent(boxes: numpy.ndarray, sizes: numpy.ndarray) -> bool:
+    """Whether so many boxes keep to the first 100 pixels of images at least twice as large that it is no accident."""
+    return len(boxes) >= _NO_ACCIDENT and bool(boxes.max() <= 100 + _LOOSE_PIXELS and sizes.min() >= 200)
 
 
 def _extent_by_rows(objects: Objects, index: int, size: numpy.ndarray) -> list[float]:
@@ -148,22 +162,25 @@ def box_convention(read: ReadObjects, found: Geometry) -> str | None:
     written, sizes = found.boxes, found.sizes
     known = ~read.objects.damaged & ~numpy.isnan(written[:, 0])
     number = int(known.sum())
-    in_fractions = known & (written.max(axis=1) <= 1) & (sizes.min(axis=1) > _SMALLEST_SIDE)
+    in_fractions = known & _in_fractions(written, sizes)
     if (count := int(in_fractions.sum())) > _MANY * number:
         return f"{count} of the {number} boxes look like fractions of their images' width and height"
     boxes = edges(written)
+    if _all_in_percent(boxes[known], sizes[known]):
+        return f"all {number} boxes look like percentages of width and height"
     compared = known & ~numpy.isnan(found.extents[:, 0])
     unfit = compared & ~fits(boxes, found.extents) & ~fits(found.clipped(boxes), found.clipped(found.extents))
     counts = {
         what: int((unfit & fits(converted, found.extents)).sum()) for what, converted in _converted(written, sizes)
     }
     best = max(counts, key=lambda what: counts[what])
-    if counts[best] > _MANY * max(1, int(compared.sum())):
+    if counts[best] > _MANY * int(compared.sum()) and 2 * counts[best] > unfit.sum():
         return f"{counts[best]} of the {number} boxes do not fit their masks and look like {best}"
     alone = known & ~compared
     outside = alone & ~_inside(boxes, sizes)
-    if outside.sum() > _MANY * max(1, int(alone.sum())):
-        for what, converted in _converted(written, sizes):
+    if outside.sum() > _MANY * number:
+        for what, edges_of in _CONVENTIONS.items():
+            converted = numpy.stack(edges_of(written.T), axis=1)
             inside = _inside(converted, sizes)
             # One that explains all is no accident: boxes of objects that images cut off may be outside, too.
             if inside[alone].mean() > 0.99:

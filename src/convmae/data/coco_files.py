@@ -419,8 +419,10 @@ class _ObjectReader:
             texts=numpy.frombuffer(self._texts, dtype=numpy.uint8),
             text_ends=_integers(self._text_ends),
         )
+        damaged = self._damaged
+        notes = {what: [one for one in numbers if not damaged[one]] for what, numbers in self._notes.items()}
         extents, pixels = _numbers(self._extents).reshape(-1, 4), _integers(self._pixels)
-        return ReadObjects(objects, self._ids, self._places, self._faults, self._notes, extents, pixels)
+        return ReadObjects(objects, self._ids, self._places, self._faults, notes, extents, pixels)
 
     def _note(self, what: str) -> None:
         """Of the object that is being read."""
