@@ -420,7 +420,8 @@ class _ObjectReader:
             text_ends=_integers(self._text_ends),
         )
         damaged = self._damaged
-        notes = {what: [one for one in numbers if not damaged[one]] for what, numbers in self._notes.items()}
+        sound = {what: [one for one in numbers if not damaged[one]] for what, numbers in self._notes.items()}
+        notes = {what: numbers for what, numbers in sound.items() if numbers}
         extents, pixels = _numbers(self._extents).reshape(-1, 4), _integers(self._pixels)
         return ReadObjects(objects, self._ids, self._places, self._faults, notes, extents, pixels)
 

@@ -88,7 +88,7 @@ def _exact(folder: Path, names: Sequence[str]) -> list[bool]:
         parent, own = str(path.parent), path.name
         if parent not in listed:
             try:
-with os.scandir(parent) as entries:
+                with os.scandir(parent) as entries:
                     listed[parent] = {entry.name for entry in entries if not entry.is_dir()}
             except (OSError, ValueError):  # of no folder, of names that no system has
                 listed[parent] = set()

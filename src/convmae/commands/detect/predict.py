@@ -122,7 +122,7 @@ def _image_ids(source: ImageCollection, annotations: Path | None) -> list[Any]:
     try:
         entries = json.loads(Path(annotations).read_bytes())["images"]
         told = {entry["id"]: Path(entry["file_name"]) for entry in entries}
-        parts = {image_id: name_parts(str(file)) for image_id, file in told.items()}
+        parts = {entry["id"]: name_parts(entry["file_name"]) for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{annotations} is no file in COCO's format: it needs images with id and file_name") from error
     if len(told) < len(entries):
