@@ -441,10 +441,10 @@ class _ObjectReader:
         if not box:  # to be drawn around the mask
             box = None if box is None or box == [] else [None]
         if box is not None:
-            if isinstance(box, list) and any(type(number) is str for number in box):
+            if isinstance(box, list) and str in map(type, box):
                 self._note("texts")
                 box = [_number(number) for number in box]
-            if not (isinstance(box, list) and len(box) == 4 and all(_number(number) is not None for number in box)):
+            if not (isinstance(box, list) and len(box) == 4 and _are_finite(box)):
                 fault = "its box is not four finite numbers"
             elif box[2] < 0 or box[3] < 0:
                 fault = "its box has a negative width or height"
@@ -518,6 +518,10 @@ class _ObjectReader:
 
 def _unknown(what: str, entry: Mapping[str, Any]) -> str:
     return f"there is no {what} {entry.get(f'{what}_id')!r:.40}"
+
+
+def _are_finite(numbers: list[Any]) -> bool:
+    return set(map(type, numbers)) <= {int, float} and abs(sum(numbers)) <= sys.float_info.max
 
 
 def _integers(numbers: array) -> numpy.ndarray:

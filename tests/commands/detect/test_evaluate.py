@@ -82,6 +82,16 @@ def test_roboflow_s_layout_and_ids_of_text_give_the_same_figures(
     assert {result["image_id"] for result in results} <= set(images.values())
 
 
+def test_there_must_be_something_to_judge_by(finished, copied, change_annotations):
+    def crowds_all(content):
+        for entry in content["annotations"]:
+            entry["iscrowd"] = 1
+
+    change_annotations(copied, "val", crowds_all)
+    with pytest.raises(convmae.UserError, match=r"instances_val2017\.json has no objects, or only crowds"):
+        evaluate(finished.folder, copied, engine=IN_PROCESS)
+
+
 def test_corner_boxes_are_refused_or_taken_from_the_masks(finished, copied, change_annotations, annotations_of):
     def to_corners(content):
         for entry in content["annotations"]:

@@ -52,6 +52,11 @@ def evaluate(
         output = checked_output(output, (".json",))
     file, folder = find_coco(None if data is None else Path(data), split, annotations, images)
     source = open_coco(file, folder, skip_damaged, boxes_from_masks=boxes_from_masks)
+    if not source.num_objects:
+        raise UserError(
+            f"{source.name} has no objects, or only crowds, so that nothing can be judged: give another file, or take "
+            "detect predict"
+        )
     model = load_frozen_detector(weights, image_size, engine)
     network, fabric = model.network, model.fabric
     classes, category_ids = network.settings["classes"], network.settings["category_ids"]

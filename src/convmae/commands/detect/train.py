@@ -127,14 +127,17 @@ def train(
         skip_damaged,
         boxes_from_masks=boxes_from_masks,
     ).with_categories(training.classes, training.category_ids, training.name)
-    if shared := shared_files(training.paths, validation.paths):
+    if fabric.is_global_zero and (shared := shared_files(training.paths, validation.paths)):
         number = f"{len(shared)} image is" if len(shared) == 1 else f"{len(shared)} images are"
         summary = f"{number} in {training.name}, too, so that figures are better than on new images: take them out"
         pairs = [f"{path} is {other}" for other, path in shared]
         validation.findings = [*validation.findings, Finding(summary, pairs)]
     for source in (training, validation):
         if not source.num_objects:
-            raise UserError(f"{source.name} has no objects, or only crowds: annotate some, or give another file")
+            raise UserError(
+                f"{source.name} has no objects, or only crowds: annotate some, write iscrowd 0 where a crowd is a "
+                "single object, or give another file"
+            )
 
     torch.manual_seed(options.seed)
     stated = {
