@@ -156,6 +156,27 @@ def test_without_objects_or_pictures_there_are_no_figures():
         assert len(judged.per_class) == 3
 
 
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_ids_may_be_anything(kind):
+    """As tools write them: hashes, fractions, numbers in another order; classes keep the order of the file."""
+    found = results_of(1, (2, (5, 5, 20, 20), 0.9), (90, (40, 40, 22, 21), 0.4)) + results_of(
+        3, (90, (20, 20, 30, 25), 0.9)
+    )
+    expected = judge_detections(truth_of(OBJECTS), found, kind, image_ids=[1, 3])
+    images = {1: "e3b0", 2: 7.5, 3: 1}
+    categories = {2: "z", 7: 1.25, 90: 0}
+    truth = truth_of(OBJECTS)
+    for entry in truth["annotations"] + found:
+        entry |= {"image_id": images[entry["image_id"]], "category_id": categories[entry["category_id"]]}
+    for entry, renamed in ((image, images) for image in truth["images"]):
+        entry["id"] = renamed[entry["id"]]
+    for entry in truth["categories"]:
+        entry["id"] = categories[entry["id"]]
+    judged = judge_detections(truth, found, kind, image_ids=["e3b0", 1])
+    assert judged == expected
+    assert judged.AP > 0
+
+
 def test_only_the_judged_images_count():
     found = results_of(3, (90, (20, 20, 30, 25), 0.9)) + results_of(1, (2, (100, 100, 9, 9), 0.99))
     for kind in ("bbox", "segm"):

@@ -3,24 +3,44 @@
 An annotation file is checked once and kept packed; masks are decoded with their image. H height, W width.
 """
 
-import json
 import math
-import sys
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy
 
+from convmae.data import coco_checks
+from convmae.data.coco_files import (
+    NO_SEGMENTATION,
+    Id,
+    Images,
+    Objects,
+    ReadObjects,
+    decoded,
+    pixels_of,
+    read_categories,
+    read_content,
+    read_images,
+    read_objects,
+)
 from convmae.data.sources import FileReader, ImageCollection, found_part
 from convmae.errors import UserError, check_installed
 from convmae.findings import Finding
 
+_MANY_CROWDS = 0.05  # share of all objects; COCO's own is a hundredth
+_FEW_SLIVERS = 0.001  # share of all objects
+_NAMED = 5  # classes in a finding's own line
+
+_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+"""What tools call the parts of a data set."""
+
 
 class Annotation(NamedTuple):
-    """The objects of an image that a detector learns: neither crowds nor those without width or height."""
+    """The objects of an image that a detector learns, and where it learns nothing: of crowds and broken objects."""
 
     size: tuple[int, int]
     """The upright image's (H, W)."""
@@ -29,39 +49,14 @@ class Annotation(NamedTuple):
     boxes: tuple[tuple[float, ...], ...]
     """As in the file: left, top, width and height in pixels."""
     segmentations: tuple[Any, ...]
-    """As in the file: polygons, or run lengths, compressed or not."""
+    """As in the file: polygons, or run lengths, compressed or not; None for an object without a mask."""
+    ignored: tuple[tuple[float, float, float, float], ...] = ()
+    """Boxes of regions that teach nothing, inside the image: left, top, width and height in pixels."""
 
     def masks(self) -> Iterator[numpy.ndarray]:
         """Each object's mask, uint8 (H, W), decoded one after the other."""
         for segmentation in self.segmentations:
-            yield _decoded(segmentation, self.size)
-
-
-@dataclass(frozen=True)
-class _Objects:
-    """The objects of all images, packed: lists of millions would be copied by every loading process."""
-
-    first: numpy.ndarray
-    """Each image's first object, and the number of all objects at the end."""
-    labels: numpy.ndarray
-    boxes: numpy.ndarray
-    areas: numpy.ndarray
-    crowd: numpy.ndarray
-    texts: numpy.ndarray
-    """The bytes of each segmentation as JSON, one after the other."""
-    text_ends: numpy.ndarray
-
-    @property
-    def zero_size(self) -> numpy.ndarray:
-        return (self.boxes[:, 2:] == 0).any(axis=1)
-
-    @property
-    def learned(self) -> numpy.ndarray:
-        return ~(self.crowd | self.zero_size)
-
-    def segmentation(self, number: int) -> Any:
-        start = self.text_ends[number - 1] if number else 0
-        return json.loads(self.texts[start : self.text_ends[number]].tobytes())
+            yield decoded(segmentation, self.size)
 
 
 class CocoImages(ImageCollection):
@@ -71,34 +66,40 @@ class CocoImages(ImageCollection):
         self,
         name: str,
         paths: Sequence[str],
-        image_ids: Sequence[int],
+        image_ids: Sequence[Id],
         sizes: numpy.ndarray,
-        categories: Mapping[int, str],
-        objects: _Objects,
+        categories: Mapping[Id, str],
+        objects: Objects,
         findings: Sequence[Finding],
     ) -> None:
-        """sizes: (H, W) of each image; categories: names by rising id; findings: what was left out."""
-        self._paths, self._objects, self._learned = list(paths), objects, objects.learned
-        super().__init__(name, FileReader(paths), self._paths.__getitem__, list(categories.values()))
+        """sizes: (H, W) of each image; categories: names by id; findings: what was left out or reinterpreted."""
+        self.paths, self._objects, self._found = list(paths), objects, list(findings)
+        super().__init__(name, FileReader(paths), self.paths.__getitem__, list(categories.values()))
         self.image_ids, self.sizes, self.category_ids = list(image_ids), sizes, list(categories)
-        self.findings = list(findings)
+        self._first = numpy.searchsorted(objects.owners[objects.by_image], numpy.arange(len(self.paths) + 1))
+        counts = numpy.bincount(objects.labels[objects.learned], minlength=len(categories) + 1)
+        self.class_counts: list[int] = counts[1:].tolist()
+        """Objects of each class that a detector learns."""
+        self.findings = [*self._found, *self._classes_without_objects()]
 
     @property
     def num_objects(self) -> int:
         """Objects that a detector learns, in all images."""
-        return int(self._learned.sum())
+        return sum(self.class_counts)
 
     def annotation(self, index: int) -> Annotation:
         """The objects of image number `index`, without crowds and objects of no size."""
         objects = self._objects
-        start, end = objects.first[index : index + 2].tolist()
-        numbers = [number for number in range(start, end) if self._learned[number]]
+        numbers = objects.by_image[self._first[index] : self._first[index + 1]]
+        learned = numbers[objects.learned[numbers]]
         height, width = self.sizes[index].tolist()
+        ignored = numbers[objects.crowd[numbers] | objects.damaged[numbers]]
         return Annotation(
             (height, width),
-            tuple(objects.labels[numbers].tolist()),
-            tuple(map(tuple, objects.boxes[numbers].tolist())),
-            tuple(objects.segmentation(number) for number in numbers),
+            tuple(objects.labels[learned].tolist()),
+            tuple(map(tuple, objects.boxes[learned].tolist())),
+            tuple(objects.segmentation(number) for number in learned.tolist()),
+            tuple(box for number in ignored.tolist() if (box := _inside(objects.boxes[number], (height, width)))),
         )
 
     def open_annotated(self, index: int) -> tuple[BinaryIO, Any]:
@@ -106,27 +107,24 @@ class CocoImages(ImageCollection):
         return self.open(index), self.annotation(index)
 
     def ground_truth(self) -> dict[str, Any]:
-        """What detections are judged by, as annotation files have it: all objects, also crowds and those of no size."""
+        """What detections are judged by, as annotation files have it: all objects, also crowds and those of no size.
+
+        Images and categories have the user's ids. Broken objects that were left out are crowds, of every category where
+        theirs is unknown: detections there do not count.
+        """
         objects = self._objects
-        owners = numpy.repeat(numpy.arange(len(self)), numpy.diff(objects.first)).tolist()
-        found = []
-        for number, owner in enumerate(owners):
-            segmentation, area = objects.segmentation(number), objects.areas[number].item()
-            if math.isnan(area):  # the file tells none
-                height, width = self.sizes[owner].tolist()
-                area = int(_decoded(segmentation, (height, width)).sum())
-            found.append(
-                {
-                    "id": number + 1,
-                    "image_id": self.image_ids[owner],
-                    "category_id": self.category_ids[objects.labels[number] - 1],
-                    "bbox": objects.boxes[number].tolist(),
-                    "area": area,
-                    "iscrowd": int(objects.crowd[number]),
-                    "segmentation": segmentation,
-                }
-            )
-        known = zip(self.image_ids, self._paths, self.sizes.tolist(), strict=True)
+        found: list[dict[str, Any]] = []
+        for number in objects.by_image.tolist():
+            owner, label = int(objects.owners[number]), int(objects.labels[number])
+            height, width = self.sizes[owner].tolist()
+            entry = {"image_id": self.image_ids[owner], **self._true_object(number, (height, width))}
+            if "bbox" not in entry:
+                continue  # nobody knows where it is
+            categories = [self.category_ids[label - 1]] if label else self.category_ids
+            found += [
+                {"id": len(found) + place, "category_id": one, **entry} for place, one in enumerate(categories, 1)
+            ]
+        known = zip(self.image_ids, self.paths, self.sizes.tolist(), strict=True)
         return {
             "images": [
                 {"id": image_id, "file_name": path, "height": height, "width": width}
@@ -139,242 +137,413 @@ class CocoImages(ImageCollection):
             "annotations": found,
         }
 
+    def _true_object(self, number: int, size: tuple[int, int]) -> dict[str, Any]:
+        """Box, mask, area and whether it is a crowd, of one object for ground_truth; {} for one of unknown place."""
+        objects = self._objects
+        if objects.damaged[number]:
+            box = _inside(objects.boxes[number], size)
+            if box is None:
+                return {}
+            left, top, width, height = box
+            right, bottom = left + width, top + height
+            polygon = [left, top, right, top, right, bottom, left, bottom]
+            return {"bbox": list(box), "area": width * height, "iscrowd": 1, "segmentation": [polygon]}
+        box, area = objects.boxes[number].tolist(), objects.areas[number].item()
+        segmentation = objects.segmentation(number)
+        if math.isnan(area):  # the file tells none
+            area = box[2] * box[3] if segmentation is None else pixels_of(segmentation, size)
+        mask = {} if segmentation is None else {"segmentation": segmentation}
+        return {"bbox": box, "area": area, "iscrowd": int(objects.crowd[number]), **mask}
+
+    def with_categories(self, classes: Sequence[str], category_ids: Sequence[Id], owner: str) -> "CocoImages":
+        """The same images with the classes of `owner`, of which this file may lack some.
+
+        Categories are the same by id and name, or else by a name that only one of each has. Detections keep this file's
+        ids. Raises UserError that names categories which `owner` has not.
+        """
+        if (list(classes), list(category_ids)) == (self.classes, self.category_ids):
+            return self
+        by_both = {pair: label for label, pair in enumerate(zip(category_ids, classes, strict=True), 1)}
+        mine, theirs = Counter(self.classes), Counter(classes)
+        by_name = {name: label for label, name in enumerate(classes, 1) if theirs[name] == mine[name] == 1}
+        labels, renumbered, unknown = [0], [], []
+        ids = list(category_ids)
+        for category_id, name in zip(self.category_ids, self.classes, strict=True):
+            label = by_both.get((category_id, name)) or by_name.get(name)
+            if label is None:
+                unknown.append(f"{name!r} (id {category_id!r})")
+                continue
+            labels.append(label)
+            if ids[label - 1] != category_id:
+                renumbered.append(f"{name!r}: id {category_id!r}, there {ids[label - 1]!r}")
+            ids[label - 1] = category_id
+        if unknown:
+            shown = ", ".join(unknown[:_NAMED]) + (f" and {len(unknown) - _NAMED} more" if unknown[_NAMED:] else "")
+            raise UserError(
+                f"{self.name} has other categories than {owner}, which does not know {shown}: give both the same names "
+                "and ids, or take the others out"
+            )
+        if len(set(ids)) < len(ids):
+            raise UserError(
+                f"{self.name} has other categories than {owner}, the first is {renumbered[0]}: give both the same ids"
+            )
+        added = _findings(
+            (
+                renumbered,
+                f"{{}} category has another id than in {owner}, and is known by its name",
+                f"{{}} categories have other ids than in {owner}, and are known by their names",
+            )
+        )
+        return CocoImages(
+            self.name,
+            self.paths,
+            self.image_ids,
+            self.sizes,
+            dict(zip(ids, classes, strict=True)),
+            replace(self._objects, labels=numpy.array(labels)[self._objects.labels]),
+            [*self._found, *added],
+        )
+
+    def _classes_without_objects(self) -> list[Finding]:
+        empty = [place for place, count in enumerate(self.class_counts) if not count]
+        if not empty or len(empty) == len(self.classes):  # of which the commands say that there is nothing to do
+            return []
+        names = ", ".join(self.classes[place] for place in empty[:_NAMED]) + (", ..." if empty[_NAMED:] else "")
+        summary = (
+            f"{len(empty)} of the {len(self.classes)} classes {'has' if len(empty) == 1 else 'have'} no object here, "
+            f"so that nothing can be learned or judged of {'it' if len(empty) == 1 else 'them'}: {names}"
+        )
+        told = zip(self.category_ids, self.classes, self.class_counts, strict=True)
+        return [Finding(summary, [f"{name} (id {category_id}): {count} objects" for category_id, name, count in told])]
+
+
+def _inside(box: numpy.ndarray, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
+    """The part of a box of left, top, width and height that is inside the image, None where nothing is."""
+    if numpy.isnan(box).any():
+        return None
+    height, width = size
+    left, top = max(0.0, float(box[0])), max(0.0, float(box[1]))
+    right, bottom = min(float(width), float(box[0] + box[2])), min(float(height), float(box[1] + box[3]))
+    return (left, top, right - left, bottom - top) if right > left and bottom > top else None
+
+
+# Finding the files
+
 
 def find_coco(
     data: Path | None,
-    split: Literal["train", "val"],
+    split: Literal["train", "val", "test"],
     annotations: Path | None = None,
     images: Path | None = None,
     flags: tuple[str, str] = ("--annotations", "--images"),
 ) -> tuple[Path, Path]:
     """The annotation file and the folder of images of one split.
 
-    data: COCO's folder, with annotations/instances_SPLIT2017.json and SPLIT2017/; annotations and images, where given,
-    replace these. flags: the command's names of annotations and of images, for messages. Raises UserError where one
-    does not exist.
+    data: COCO's folder, with annotations/instances_SPLIT2017.json and SPLIT2017/, or one of another usual form:
+    Roboflow's SPLIT/_annotations.coco.json with the images beside it, or files whose names tell the split; annotations
+    and images, where given, replace these. flags: the command's names of annotations and of images, for messages.
+    Raises UserError where one does not exist, or several may be meant.
     """
-    return (
-        found_part("COCO's folder", data, f"annotations/instances_{split}2017.json", annotations, flags[0]),
-        found_part("COCO's folder", data, f"{split}2017", images, flags[1]),
+    usual = f"annotations/instances_{split}2017.json"
+    if annotations is None and data is not None and not (data / usual).exists():
+        annotations = _annotation_file(data, split, flags[0])
+    file = found_part("COCO's folder", data, usual, annotations, flags[0])
+    if images is None and data is not None and not (data / f"{split}2017").exists():
+        images = _image_folder(data, split, file, flags[1])
+    return file, found_part("COCO's folder", data, f"{split}2017", images, flags[1])
+
+
+def _annotation_file(data: Path, split: str, flag: str) -> Path | None:
+    """The one file of this split in a folder that is not named as COCO's, None where there is none."""
+    beside = [path for name in _SPLITS[split] for path in sorted((data / name).glob("*.json"))]
+    named = [
+        path
+        for folder in (data / "annotations", data)
+        for path in sorted(folder.glob("*.json"))
+        if _split_in_name(path, split)
+    ]
+    found = [path for path in beside if path.name == "_annotations.coco.json"] or [*named, *beside]
+    found = [path for path in found if path.name.startswith("instances")] or found
+    return _only(found, f"annotations for {split}", data, flag)
+
+
+def _split_in_name(path: Path, split: str) -> str | None:
+    """How a file's name tells this split, such as train2014; None where it does not."""
+    words = "|".join(sorted(_SPLITS[split], key=len, reverse=True))
+    found = re.search(rf"(?<![a-z])(?:{words})(?:20\d\d)?(?![a-z0-9])", path.stem.lower())
+    return found[0] if found else None
+
+
+def _image_folder(data: Path, split: str, file: Path, flag: str) -> Path | None:
+    """The one folder of this split's images, None where there is none."""
+    if file.parent.name.lower() in _SPLITS[split]:
+        return file.parent
+    parents = (data, data / "images")
+    own = _split_in_name(file, split) or split  # train2014 goes with train2014
+    named = [folder for parent in parents if (folder := parent / own).is_dir()] or [
+        folder for name in _SPLITS[split] for parent in parents if (folder := parent / name).is_dir()
+    ]
+    return _only(named, f"folders of images for {split}", data, flag) or next(
+        (folder for folder in (data / "images",) if folder.is_dir()), None
     )
 
 
-def open_coco(annotations: Path, images: Path, skip_damaged: bool = False) -> CocoImages:
+def _only(found: Sequence[Path], what: str, data: Path, flag: str) -> Path | None:
+    if len(found) > 1:
+        names = ", ".join(str(path.relative_to(data)) for path in found[:_NAMED])
+        raise UserError(f"{data} has several {what}, {names}: choose one with {flag}")
+    return found[0] if found else None
+
+
+# Opening
+
+
+def open_coco(
+    annotations: Path,
+    images: Path,
+    skip_damaged: bool = False,
+    masks: bool = True,
+    boxes_from_masks: bool = False,
+) -> CocoImages:
     """The images in the folder `images` that a JSON file in COCO's format annotates.
 
     skip_damaged: leave out missing images and broken annotations, and tell them in `findings`; otherwise one of them
-    raises UserError. So does a file that is not in this format.
+    raises UserError. So does a file that is not in this format, or whose boxes or masks are of another convention.
+    masks: whether each object needs a mask; otherwise those that have none, or one that cannot be read, have none.
+    boxes_from_masks: draw boxes around masks instead of taking the file's.
     """
     check_installed("detection", "masks and COCO's figures need faster-coco-eval", "faster_coco_eval")
-    content = _read(annotations)
-    categories = _categories(annotations, content["categories"])
-    entries, faults = _sound_images(content["images"])
-    _refuse(annotations, "images", faults, len(content["images"]), skip_damaged)
-    missing = _missing(images, [entry["file_name"] for entry in entries])
-    if missing and not skip_damaged:
+    name = str(annotations)
+    content = read_content(annotations)
+    categories = read_categories(annotations, content["categories"])
+    known = read_images(content["images"], images)
+    _refuse(name, "images", known.faults, known.named, skip_damaged)
+    if known.missing and not skip_damaged:
         raise UserError(
-            f"{len(missing)} of the {len(entries)} images of {annotations} are not in {images}, the first is "
-            f"{missing[0]}: check the folder, or leave them out with --skip-damaged"
+            f"{len(known.missing)} of the {known.named - len(known.faults)} images of {annotations} are not in "
+            f"{images}, the first is {known.missing[0]}: check the folder, or leave them out with --skip-damaged"
         )
-    lost = set(missing)
-    entries = [entry for entry in entries if entry["file_name"] not in lost]
-    if not entries:
+    if not known.ids:
         raise UserError(f"{annotations} names no images that {images} holds: check both")
-    labels = {category_id: label for label, category_id in enumerate(categories, 1)}
-    found, broken = _sound_objects(content, entries, labels)
-    _refuse(annotations, "annotations", broken, len(content["annotations"]), skip_damaged)
-    flat = [
-        f"{annotations}: annotation {entry.get('id')} of image {entry['image_id']}"
-        for of_image in found
-        for entry in of_image
-        if min(entry["bbox"][2:]) == 0
-    ]
-    return CocoImages(
-        str(annotations),
-        [str(images / entry["file_name"]) for entry in entries],
-        [entry["id"] for entry in entries],
-        numpy.array([(entry["height"], entry["width"]) for entry in entries], dtype=numpy.int64),
-        categories,
-        _packed(found, labels),
-        _findings(
-            ([f"{annotations}: {fault}" for fault in faults], "left out {} broken images with their annotations"),
-            ([f"{annotations}: {fault}" for fault in broken], "left out {} broken annotations"),
-            ([f"{images / name}: is missing" for name in missing], "left out {} images that are missing"),
-            (flat, "{} objects without width or height, which teach nothing"),
+    total = len(content["annotations"])
+    read = read_objects(content["annotations"], known, list(categories), masks)
+    with numpy.errstate(all="ignore"):  # of objects that have no box, and of such as no image holds
+        objects, found = _checked(name, read, known, masks, boxes_from_masks)
+    broken = [read.faults[place] for place in sorted(read.faults)]
+    _refuse(name, "annotations", broken, total, skip_damaged)
+    counts = numpy.bincount(objects.labels[objects.learned], minlength=len(categories) + 1)[1:].tolist()
+    shared_names = coco_checks.refuse_shared_names(name, categories, counts)
+    crowds = numpy.flatnonzero(objects.crowd & ~objects.damaged).tolist()
+    many = len(crowds) > _MANY_CROWDS * len(objects)
+    advice = (
+        " (CVAT marks single objects with masks so: where these are such, write iscrowd 0 for them)" if many else ""
+    )
+
+    def told(numbers: Sequence[int]) -> list[str]:
+        return [f"{name}: {read.name(number)} of image {known.ids[objects.owners[number]]}" for number in numbers]
+
+    repeated = Counter(known.paths)
+    twice = coco_checks.written_twice(objects).tolist()
+    findings = _findings(
+        ([f"{name}: {fault}" for fault in known.faults], "left out {} broken images with their annotations"),
+        ([f"{name}: {fault}" for fault in broken], "left out {} broken annotations"),
+        ([f"{images / missing}: is missing" for missing in known.missing], "left out {} images that are missing"),
+        (
+            known.respelled,
+            "{} image was found by a name that is spelled otherwise than its file",
+            "{} images were found by names that are spelled otherwise than their files",
+        ),
+        (
+            known.measured,
+            "the file does not tell the size of {} image, so that its header does",
+            "the file does not tell the sizes of {} images, so that their headers do",
+        ),
+        (
+            known.texts,
+            "the size of {} image is written as text, and read as numbers",
+            "the sizes of {} images are written as text, and read as numbers",
+        ),
+        *((told(read.notes.get(note, ())), *summaries) for note, summaries in _NOTES.items()),
+        *((told(numbers), *summaries) for numbers, *summaries in found),
+        (
+            told(numpy.flatnonzero(objects.zero_size & ~objects.damaged).tolist()),
+            "{} objects without width or height, which teach nothing",
+        ),
+        (
+            told(numpy.flatnonzero(objects.pixelless & ~objects.zero_size).tolist()),
+            "{} mask is so thin that it has no pixel: its object teaches nothing",
+            "{} masks are so thin that they have no pixel: their objects teach nothing",
+        ),
+        (
+            told(crowds),
+            f"{{}} of the {len(objects)} objects is a crowd, which teaches nothing{advice}",
+            f"{{}} of the {len(objects)} objects are crowds, which teach nothing{advice}",
+        ),
+        (
+            [f"{path}: {count} times" for path, count in repeated.items() if count > 1],
+            "{} file is listed under several image ids, so that what one of them says is wrong of the others",
+            "{} files are listed under several image ids, so that what one of them says is wrong of the others",
+        ),
+        (
+            told(twice),
+            "{} object is there twice, with the same image, category and box: take one out",
+            "{} objects are there twice, with the same image, category and box: take one of each out",
+        ),
+        (
+            shared_names,
+            "{} name is that of several categories: give each a name of its own",
+            "{} names are those of several categories: give each a name of its own",
         ),
     )
-
-
-def _findings(*found: tuple[Sequence[str], str]) -> list[Finding]:
-    """A finding for each list that is not empty, whose length its summary tells."""
-    return [Finding(summary.format(len(items)), items) for items, summary in found if items]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The file's content; raises UserError unless it has COCO's three lists."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read, check the path: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # of wrong bytes, or of wrong JSON
-        raise UserError(f"{path} is not JSON, write or download it again: {error}") from error
-    lists = ("images", "annotations", "categories")
-    lacking = [key for key in lists if not (isinstance(content, dict) and isinstance(content.get(key), list))]
-    if lacking:
-        raise UserError(
-            f"{path} is not in COCO's format, it has no list of {' and of '.join(lacking)}: give the file of instances"
-        )
-    return content
-
-
-def _categories(path: Path, entries: list[Any]) -> dict[int, str]:
-    """Names by rising id."""
-    named = {
-        entry["id"]: entry["name"]
-        for entry in entries
-        if _number(entry, "id") is not None and isinstance(entry.get("name"), str)
-    }
-    if not entries or len(named) < len(entries):
-        raise UserError(f"{path} needs categories, each with a number of its own as id, and a name: correct them")
-    return dict(sorted(named.items()))
-
-
-def _number(entry: Any, key: str) -> int | None:
-    """An id, None where there is none."""
-    value = entry.get(key) if isinstance(entry, dict) else None
-    return value if type(value) is int else None
-
-
-def _refuse(path: Path, what: str, faults: list[str], total: int, skip_damaged: bool) -> None:
-    if faults and not skip_damaged:
-        raise UserError(
-            f"{path}: {len(faults)} of the {total} {what} are broken, the first is {faults[0]}: correct them, or leave "
-            "them out with --skip-damaged"
-        )
-
-
-def _sound_images(entries: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """COCO's entries of images that nothing is wrong with, and what is wrong with each of the others."""
-    sound, faults = [], []
-    counts = Counter(_number(entry, "id") for entry in entries)
-    for place, entry in enumerate(entries):
-        image_id = _number(entry, "id")
-        if image_id is None:
-            faults.append(f"the one at place {place} (its id is not a number)")
-        elif counts[image_id] > 1:  # nobody knows whose the annotations are
-            faults.append(f"image {image_id} ({counts[image_id]} images have this id)")
-        elif not (isinstance(entry.get("file_name"), str) and entry["file_name"]):
-            faults.append(f"image {image_id} (it has no file_name)")
-        elif min(_number(entry, "height") or 0, _number(entry, "width") or 0) < 1:
-            faults.append(f"image {image_id} (its height and width are not whole numbers above 0)")
-        else:
-            sound.append(entry)
-    return sound, faults
-
-
-def _missing(folder: Path, names: list[str]) -> list[str]:
-    """Which of the files `names` the folder lacks, by one listing of each folder that should hold some."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give the one with the images")
-    paths = [folder / name for name in names]
-    parents = {path.parent for path in paths}
-    there = {parent: {path.name for path in parent.iterdir()} for parent in parents if parent.is_dir()}
-    return [name for name, path in zip(names, paths, strict=True) if path.name not in there.get(path.parent, ())]
-
-
-def _sound_objects(
-    content: dict[str, Any], images: list[dict[str, Any]], labels: Mapping[int, int]
-) -> tuple[list[list[dict[str, Any]]], list[str]]:
-    """The sound annotations of each of `images`, COCO's entries, and what is wrong with each of the others."""
-    known = {_number(image, "id") for image in content["images"]} - {None}
-    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
-    sound: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in sizes}
-    faults = []
-    for place, annotation in enumerate(content["annotations"]):
-        image_id = _number(annotation, "image_id")
-        if image_id in known and image_id not in sizes:
-            continue  # it goes with its image, which is left out
-        if fault := _fault(annotation, sizes, labels):
-            own = _number(annotation, "id")
-            faults.append(f"{f'the one at place {place}' if own is None else f'annotation {own}'} ({fault})")
-        else:
-            sound[annotation["image_id"]].append(annotation)
-    return list(sound.values()), faults
-
-
-def _fault(annotation: Any, sizes: Mapping[int, tuple[int, int]], labels: Mapping[int, int]) -> str | None:
-    """What is wrong with an annotation, None if nothing is."""
-    if not isinstance(annotation, dict):
-        return "it is not an object"
-    image_id, category_id = (_number(annotation, key) for key in ("image_id", "category_id"))
-    if image_id is None or image_id not in sizes:
-        return f"there is no image {annotation.get('image_id')!r:.40}"
-    if category_id not in labels:
-        return f"there is no category {annotation.get('category_id')!r:.40}"
-    if annotation.get("iscrowd", 0) not in (0, 1):
-        return "its iscrowd is not 0 or 1"
-    if "area" in annotation and not _are_finite([annotation["area"]]):
-        return "its area is not a finite number"
-    box = annotation.get("bbox")
-    if not (isinstance(box, list) and len(box) == 4 and _are_finite(box)):
-        return "its box is not four finite numbers"
-    if min(box[2:]) < 0:
-        return "its box has a negative width or height"
-    return _segmentation_fault(annotation.get("segmentation"), sizes[image_id])
-
-
-def _segmentation_fault(segmentation: Any, size: tuple[int, int]) -> str | None:
-    height, width = size
-    if not segmentation or not isinstance(segmentation, list | dict):
-        return "it has no segmentation"
-    if isinstance(segmentation, list):
-        for polygon in segmentation:
-            if not (isinstance(polygon, list) and _are_finite(polygon)):
-                return "a polygon is not a list of finite numbers"
-            if len(polygon) % 2 or len(polygon) < 6:
-                return f"a polygon has {len(polygon)} numbers, not three points or more"
-            # Filling would take as long as the polygon is large.
-            if not (_is_near(polygon[::2], width) and _is_near(polygon[1::2], height)):
-                return f"a polygon lies far outside the {width}x{height} image"
-        return None
-    if segmentation.get("size") != [height, width]:
-        return f"its run lengths are of another size than the {width}x{height} image"
-    try:
-        _decoded(segmentation, size)
-    except (ValueError, RuntimeError, TypeError, KeyError):  # of counts of wrong types or sums
-        return f"its run lengths are not those of {width}x{height} pixels"
-    return None
-
-
-def _are_finite(numbers: list[Any]) -> bool:
-    return all(type(number) in (int, float) and abs(number) <= sys.float_info.max for number in numbers)
-
-
-def _is_near(coordinates: list[float], extent: int) -> bool:
-    return min(coordinates) >= -extent and max(coordinates) <= 2 * extent
-
-
-def _decoded(segmentation: Any, size: tuple[int, int]) -> numpy.ndarray:
-    """A segmentation of the file -> uint8 (H, W)."""
-    from faster_coco_eval.core import mask
-
-    if isinstance(segmentation, list):
-        return mask.decode(mask.merge(mask.frPyObjects(segmentation, *size)))
-    if isinstance(segmentation["counts"], list):
-        segmentation = mask.frPyObjects(segmentation, *size)
-    return mask.decode(segmentation)
-
-
-def _packed(annotations: list[list[dict[str, Any]]], labels: Mapping[int, int]) -> _Objects:
-    """The objects of all images, from COCO's entries of annotations for each image."""
-    every = [annotation for found in annotations for annotation in found]
-    texts = [json.dumps(annotation["segmentation"], separators=(",", ":")).encode() for annotation in every]
-    return _Objects(
-        first=numpy.cumsum([0, *map(len, annotations)], dtype=numpy.int64),
-        labels=numpy.array([labels[annotation["category_id"]] for annotation in every], dtype=numpy.int64),
-        boxes=numpy.array([annotation["bbox"] for annotation in every], dtype=numpy.float64).reshape(-1, 4),
-        areas=numpy.array([annotation.get("area", math.nan) for annotation in every], dtype=numpy.float64),
-        crowd=numpy.array([annotation.get("iscrowd", 0) for annotation in every], dtype=bool),
-        texts=numpy.frombuffer(b"".join(texts), dtype=numpy.uint8),
-        text_ends=numpy.cumsum([len(text) for text in texts], dtype=numpy.int64),
+    return CocoImages(
+        name,
+        known.paths,
+        known.ids,
+        numpy.array(known.sizes, dtype=numpy.int64).reshape(-1, 2),
+        categories,
+        objects,
+        findings,
     )
+
+
+_NOTES = {
+    "ids": (
+        "{} annotation names its image or category by an id of another type, such as '7' for 7",
+        "{} annotations name image or category by an id of another type, such as '7' for 7",
+    ),
+    "texts": (
+        "{} annotation has a number as text, or null for one, and is read as it is meant",
+        "{} annotations have numbers as text, or null for one, and are read as they are meant",
+    ),
+    "other polygons": (
+        "{} object has its polygons as one flat list or as pairs of points",
+        "{} objects have their polygons as one flat list or as pairs of points",
+    ),
+    "broken polygons": (
+        "{} object lost broken polygons, and keeps its others",
+        "{} objects lost broken polygons, and keep their others",
+    ),
+    "no box": (
+        "{} object has no box, so that it is drawn around the mask",
+        "{} objects have no box, so that theirs are drawn around their masks",
+    ),
+    "unread masks": (
+        "{} object has a mask that cannot be read, and is taken for one without",
+        "{} objects have masks that cannot be read, and are taken for such without",
+    ),
+}
+"""What is said of objects that share a note of their reading: of one, of several."""
+
+
+_Told = tuple[Sequence[int], str, str]
+"""Numbers of objects, and what is said of one or several."""
+
+
+def _checked(
+    name: str, read: ReadObjects, images: Images, masks: bool, boxes_from_masks: bool
+) -> tuple[Objects, list[_Told]]:
+    """The objects with the boxes that they shall have, and what is to be told of them; new faults are added to `read`.
+
+    Raises UserError where boxes or masks are of another convention than COCO's.
+    """
+    told: list[_Told] = []
+    found = coco_checks.geometry(read, images.sizes)
+    if wrong := coco_checks.mask_convention(read, found):
+        if masks or "no box" in read.notes:
+            raise UserError(f"{name}: {wrong}")
+        one = f"of another convention, and not used: {wrong.partition(':')[0]}"
+        told.append((read.objects.with_mask.tolist(), f"{{}} mask is {one}", f"{{}} masks are {one}"))
+        read = read._replace(objects=read.objects.without_masks(), extents=numpy.full_like(read.extents, math.nan))
+        found = found._replace(extents=read.extents)
+    objects = read.objects
+    has_mask, boxless = objects.has_mask, numpy.isnan(objects.boxes[:, 0])
+    if wrong := coco_checks.box_convention(read, found):
+        all_masks = bool((has_mask | objects.damaged).all())
+        if not (boxes_from_masks and all_masks):
+            cure = ", or take the boxes of the masks with --boxes-from-masks" if all_masks else ""
+            raise UserError(f"{name}: {wrong}: write left, top, width and height in pixels{cure}")
+    unfit = ~objects.damaged & ~boxless & ~coco_checks.fitting(found)
+    one = many = "training sees masks, figures the boxes: correct them, or take --boxes-from-masks"
+    if boxes_from_masks:
+        one, many = "it is drawn around it now", "they are drawn around them now"
+    of_all = f"of the {int((~boxless & has_mask).sum())} boxes"
+    told.append(
+        (
+            numpy.flatnonzero(unfit).tolist(),
+            f"{{}} {of_all} does not fit its object's mask; {one}",
+            f"{{}} {of_all} do not fit their objects' masks; {many}",
+        )
+    )
+    around = found.clipped(found.extents)
+    around[:, 2:] -= around[:, :2]
+    drawn = has_mask & (boxless | boxes_from_masks)
+    objects = replace(objects, boxes=numpy.where(drawn[:, None], around, objects.boxes))
+    return _with_pixels(read._replace(objects=objects), found, masks, told), told
+
+
+def _with_pixels(read: ReadObjects, found: coco_checks.Geometry, masks: bool, told: list[_Told]) -> Objects:
+    """The objects, those damaged of which their images show nothing; adds to what is to be told, and to faults."""
+    objects = read.objects
+    sound = ~(objects.damaged | objects.zero_size)
+    empty = sound & coco_checks.without_pixels(read, found)
+    extents = found.extents
+    small = (extents[:, 2:] - extents[:, :2]).min(axis=1) < 1
+    inside = coco_checks.share_outside(found) == 0
+    small &= inside & (objects.boxes[:, 2:].min(axis=1) < 2)
+    # The odd sliver among thousands is a slip of the hand, as COCO itself may have some.
+    if (slivers := empty & inside).sum() <= _FEW_SLIVERS * len(objects):
+        small |= slivers
+    outside = sound & ~objects.has_mask & (coco_checks.share_outside(found) >= 1)
+    lost = empty & ~small
+    faults = dict.fromkeys(numpy.flatnonzero(outside).tolist(), "its box lies outside")
+    if masks:
+        faults |= dict.fromkeys(numpy.flatnonzero(lost).tolist(), "its mask has no pixel in")
+    for number, fault in faults.items():
+        width, height = found.sizes[number].astype(int).tolist()
+        read.faults[read.places[number]] = f"{read.name(number)} ({fault} the {width}x{height} image)"
+    damaged = objects.damaged.copy()
+    damaged[list(faults)] = True
+    unmasked = lost & ~damaged
+    untold = sound & objects.has_mask & ~empty & (objects.areas <= 0)
+    told += [
+        (
+            numpy.flatnonzero(sound & ~empty & ~damaged & coco_checks.cut_off(found)).tolist(),
+            "{} object reaches out of its image by more than a twentieth, and is cut off there",
+            "{} objects reach out of their images by more than a twentieth, and are cut off there",
+        ),
+        (
+            numpy.flatnonzero(unmasked).tolist(),
+            "{} object has a mask without a pixel, and is taken for one without",
+            "{} objects have masks without a pixel, and are taken for such without",
+        ),
+        (
+            numpy.flatnonzero(untold).tolist(),
+            "{} object has an area of 0, so that its mask is counted",
+            "{} objects have an area of 0, so that their masks are counted",
+        ),
+    ]
+    return replace(
+        objects,
+        damaged=damaged,
+        pixelless=empty & small,
+        unmasked=unmasked,
+        areas=numpy.where(untold, math.nan, objects.areas),
+    )
+
+
+def _findings(*found: tuple[Any, ...]) -> list[Finding]:
+    """A finding for each list that is not empty, whose length its summary tells: of one, of several, or of any."""
+    return [
+        Finding((summaries[0] if len(items) == 1 else summaries[-1]).format(len(items)), items)
+        for items, *summaries in found
+        if items
+    ]
+
+
+def _refuse(name: str, what: str, faults: list[str], total: int, skip_damaged: bool) -> None:
+    if faults and not skip_damaged:
+        boxes_alone = any(fault.endswith(f"({NO_SEGMENTATION})") for fault in faults)
+        raise UserError(
+            f"{name}: {len(faults)} of the {total} {what} are broken, the first is {faults[0]}: correct them, or leave "
+            f"them out with --skip-damaged{', or train on boxes alone with --masks false' if boxes_alone else ''}"
+        )

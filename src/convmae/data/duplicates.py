@@ -66,7 +66,7 @@ def _same(
 
 
 def _digest(source: ImageCollection, index: int, length: int = -1) -> bytes:
-    """Of its first bytes; of an image that cannot be opened, which whoever reads it will tell, one that no other has."""
+    """Of its first bytes; of an image that cannot be opened, which its reader will tell, one that no other has."""
     try:
         with source.open(index) as file:
             return hashlib.blake2b(file.read(length)).digest()

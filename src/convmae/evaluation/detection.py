@@ -41,14 +41,16 @@ class CocoFigures:
     ARm: float
     ARl: float
     per_class: tuple[float, ...]
-    """AP of each category, by rising id."""
+    """AP of each category, in the order in which the ground truth names them."""
 
 
-def coco_results(image_id: int, detections: Mapping[str, Tensor], category_ids: Sequence[int]) -> list[dict[str, Any]]:
+def coco_results(
+    image_id: int | float | str, detections: Mapping[str, Tensor], category_ids: Sequence[int | float | str]
+) -> list[dict[str, Any]]:
     """The detections of an image as COCO's results, which JSON can hold.
 
     detections: "boxes" (N, 4), left, top, right and bottom in pixels of the image, "labels" (N,) from 1, "scores"
-    (N,) and "masks", bool or uint8 (N, H, W). category_ids: COCO's ids, that of label L at L - 1. Raises
+    (N,) and "masks", bool or uint8 (N, H, W). category_ids: ids in the user's file, that of label L at L - 1. Raises
     UserError without faster-coco-eval.
     """
     check_installed("detection", "COCO's figures need faster-coco-eval", "faster_coco_eval")
@@ -76,7 +78,7 @@ def judge_detections(
     ground_truth: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
     kind: Literal["bbox", "segm"],
-    image_ids: Collection[int] | None = None,
+    image_ids: Collection[int | float | str] | None = None,
 ) -> CocoFigures:
     """COCO's figures of results by their boxes or their masks.
 
@@ -91,12 +93,19 @@ def judge_detections(
     judged &= judged if image_ids is None else set(image_ids)
     if not judged:
         return _figures([-1.0] * len(_SUMMARY), [-1.0] * len(ground_truth["categories"]))
-    # The library writes into what it is given, and takes an object of the id 0 for none.
-    objects = [dict(entry) for entry in ground_truth["annotations"] if entry["image_id"] in judged]
+    # The library takes whole numbers for ids, and an object of the id 0 for none; tools number by other things, too.
+    images = [image for image in ground_truth["images"] if image["id"] in judged]
+    numbers = {image["id"]: number for number, image in enumerate(images, 1)}
+    labels = {category["id"]: label for label, category in enumerate(ground_truth["categories"], 1)}
+
+    def numbered(entry: Mapping[str, Any]) -> dict[str, Any]:
+        return {**entry, "image_id": numbers[entry["image_id"]], "category_id": labels[entry["category_id"]]}
+
+    objects = [numbered(entry) for entry in ground_truth["annotations"] if entry["image_id"] in judged]
     truth = COCO(
         {
-            "images": [image for image in ground_truth["images"] if image["id"] in judged],
-            "categories": list(ground_truth["categories"]),
+            "images": [{**image, "id": numbers[image["id"]]} for image in images],
+            "categories": [{**category, "id": labels[category["id"]]} for category in ground_truth["categories"]],
             "annotations": [{**entry, "id": number} for number, entry in enumerate(objects, 1)],
         },
         print_function=_logger.debug,
@@ -104,7 +113,7 @@ def judge_detections(
     # With its box, a mask's size would be the box's.
     unused = "bbox" if kind == "segm" else "segmentation"
     found = [
-        {key: value for key, value in result.items() if key != unused}
+        {key: value for key, value in numbered(result).items() if key != unused}
         for result in results
         if result["image_id"] in judged
     ]

@@ -179,7 +179,7 @@ class Detector(nn.Module):
         of relative positions are for it, and are resized for inputs of another size.
     encoder: what the ConvViT is made of, by default the paper's base, or another encoder, which is taken as it is;
         changes: fields of the former that are to be others.
-    num_classes: background not counted. classes: their names. category_ids: their numbers in COCO's files.
+    num_classes: background not counted. classes: their names. category_ids: their ids in files in COCO's format.
     form: "paper" or "vitdet", see FORMS.
     drop_path, window, global_blocks, pos_embed_size: of a ConvViT. Its rate, see there; the side of the windows and the
         numbers of the blocks that see the whole map, by default the form's; height and width of the images that the
@@ -209,7 +209,7 @@ class Detector(nn.Module):
         proposals: int = 1000,
         rois: int = 512,
         classes: Sequence[str] | None = None,
-        category_ids: Sequence[int] | None = None,
+        category_ids: Sequence[int | float | str] | None = None,
         **changes: Any,
     ) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """A detector's figures: those of the run that made it, on the terminal and in files."""
 
 import json
+import shutil
 from importlib import import_module
 
 import pytest
@@ -49,6 +50,59 @@ def test_a_detector_is_not_judged_by_other_categories(finished, copied, change_a
     change_annotations(copied, "val", lambda content: content["categories"].append({"id": 90, "name": "spiral"}))
     with pytest.raises(convmae.UserError, match="has other categories than the detector"):
         evaluate(finished.folder, copied, engine=IN_PROCESS)
+
+
+def test_roboflow_s_layout_and_ids_of_text_give_the_same_figures(
+    finished, scenes, copied, tmp_path, change_annotations, annotations_of
+):
+    """Results carry the ids of the file that is judged, whatever the detector's were."""
+    images = {image["id"]: f"image-{image['id']}" for image in annotations_of(scenes)["images"]}
+    categories = {CATEGORY_IDS[0]: "first", CATEGORY_IDS[1]: 0.5}
+
+    def rename(content):
+        for image in content["images"]:
+            image |= {"id": images[image["id"]], "file_name": f"C:\\data\\{image['file_name'].upper()}"}
+        for category in content["categories"]:
+            category["id"] = categories.get(category["id"], category["id"])
+        for entry in content["annotations"]:
+            entry |= {
+                "image_id": images[entry["image_id"]],
+                "category_id": categories.get(entry["category_id"], entry["category_id"]),
+            }
+
+    change_annotations(copied, "val", rename)
+    roboflow = tmp_path / "roboflow"
+    shutil.move(copied / "val2017", roboflow / "valid")
+    shutil.move(copied / "annotations/instances_val2017.json", roboflow / "valid" / "_annotations.coco.json")
+    quality = evaluate(finished.folder, roboflow, output=tmp_path / "results.json", engine=IN_PROCESS)
+    assert quality.figures == pytest.approx(finished.quality.figures, abs=1e-6)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results
+    assert {result["category_id"] for result in results} <= {"first", 0.5, *CATEGORY_IDS[2:]}
+    assert {result["image_id"] for result in results} <= set(images.values())
+
+
+def test_there_must_be_something_to_judge_by(finished, copied, change_annotations):
+    def crowds_all(content):
+        for entry in content["annotations"]:
+            entry["iscrowd"] = 1
+
+    change_annotations(copied, "val", crowds_all)
+    with pytest.raises(convmae.UserError, match=r"instances_val2017\.json has no objects, or only crowds"):
+        evaluate(finished.folder, copied, engine=IN_PROCESS)
+
+
+def test_corner_boxes_are_refused_or_taken_from_the_masks(finished, copied, change_annotations, annotations_of):
+    def to_corners(content):
+        for entry in content["annotations"]:
+            left, top, width, height = entry["bbox"]
+            entry["bbox"] = [left, top, left + width, top + height]
+
+    change_annotations(copied, "val", to_corners)
+    with pytest.raises(convmae.UserError, match=r"look like corners .* or take the boxes of the masks with --boxes-fr"):
+        evaluate(finished.folder, copied, engine=IN_PROCESS)
+    quality = evaluate(finished.folder, copied, boxes_from_masks=True, engine=IN_PROCESS)
+    assert quality.figures == pytest.approx(finished.quality.figures, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,29 @@ def test_pictures_of_the_same_name_take_the_ids_of_their_folders(paper_file, tmp
         ids_of(_3="1.png", _4="1.png", _9="2.png")
 
 
+def test_ids_of_any_kind_are_taken_by_names_in_any_spelling(paper_file, tmp_path):
+    names = {
+        "a/my dog.png": r"C:\photos\A\MY%20DOG.PNG",
+        "b/2.png": "https://host.example/b/2.png?raw=1",
+        "b/é.png": "b/e\u0301.png",
+    }
+    ids = ["e3b0c442", 7.5, 12]
+    for name in names:
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "photos" / name)
+    file = tmp_path / "file.json"
+    entries = [{"id": image_id, "file_name": told} for image_id, told in zip(ids, names.values(), strict=True)]
+    file.write_text(json.dumps({"images": entries}))
+    options = {"annotations": file, "threshold": 0.0, "draw": 0, "engine": ON_CPU}
+    found = predict(str(tmp_path / "photos"), paper_file, tmp_path / "found", **options)
+    results = json.loads(found.results.read_text())
+    told = {os.path.relpath(one["file_name"], tmp_path / "photos"): one["image_id"] for one in results}
+    assert told == dict(zip(names, ids, strict=True))
+    file.write_text(json.dumps({"images": [*entries, {**entries[0], "file_name": "x.png"}]}))
+    with pytest.raises(convmae.UserError, match=r"has several images of one id: give each an id of its own"):
+        predict(str(tmp_path / "photos"), paper_file, tmp_path / "found", **options)
+
+
 def test_pictures_of_another_size_are_detected_in_their_own_pixels(finished, scenes, tmp_path):
     """Twice as large, a picture is fitted back to what the detector sees: its boxes are twice as large."""
     folder = tmp_path / "large"

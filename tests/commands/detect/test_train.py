@@ -112,6 +112,67 @@ def test_what_is_missing_or_broken_stops_or_is_left_out_and_listed(
     assert not (run.folder / "undecodable-images.txt").exists()
 
 
+def test_validation_may_lack_classes_and_what_is_found_is_said(
+    copied, paper_file, tmp_path, capsys, change_annotations, small_detection
+):
+    """One category less; an image of training among those of validation; a crowd; boxes of some masks elsewhere."""
+    gone = CATEGORY_IDS[0]
+
+    def fewer(content):
+        content["categories"] = [one for one in content["categories"] if one["id"] != gone]
+        content["annotations"] = [one for one in content["annotations"] if one["category_id"] != gone]
+
+    def crowd(content):
+        content["annotations"][0]["iscrowd"] = 1
+
+    change_annotations(copied, "val", fewer)
+    change_annotations(copied, "train", crowd)
+    image, twin = sorted((copied / "val2017").iterdir())[2], sorted((copied / "train2017").iterdir())[1]
+    image.write_bytes(twin.read_bytes())
+    run = small_detection(copied, tmp_path / "run", paper_file, epochs=1)
+    said = " ".join(capsys.readouterr().err.split())
+    listed = (run.folder / "data-report.txt").read_text()
+    for finding in (
+        "is a crowd, which teaches nothing",
+        f"1 of the {len(SHAPES)} classes has no object here, so that nothing can be learned or judged of it: ",
+        "1 image is in",
+    ):
+        assert finding in listed
+        assert finding in said
+    assert f"    {image} is {twin}" in listed.splitlines()
+    assert f"{SHAPES[0]} (id {gone}): 0 objects" in listed
+    detector = convmae.load(run.checkpoint)
+    assert (detector.classes, detector.settings["category_ids"]) == (list(SHAPES), list(CATEGORY_IDS))
+    rows = list(csv.reader((run.folder / "per-class.csv").read_text().splitlines()))
+    assert [row[0] for row in rows] == ["class", *SHAPES]
+
+
+def test_unknown_categories_of_validation_are_named(copied, paper_file, tmp_path, change_annotations, small_detection):
+    change_annotations(copied, "val", lambda content: content["categories"].append({"id": 90, "name": "spiral"}))
+    with pytest.raises(convmae.UserError, match=r"which does not know 'spiral' \(id 90\)"):
+        small_detection(copied, tmp_path / "run", paper_file)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ids_of_text_are_kept_by_the_detector(copied, paper_file, tmp_path, change_annotations, small_detection):
+    """Through training, judging, the weights file and a resumed run."""
+
+    def rename(content):
+        for category in content["categories"]:
+            category["id"] = f"c{category['id']}"
+        for entry in content["annotations"]:
+            entry |= {"category_id": f"c{entry['category_id']}", "image_id": f"i{entry['image_id']}", "id": None}
+        for image in content["images"]:
+            image["id"] = f"i{image['id']}"
+
+    for split in ("train", "val"):
+        change_annotations(copied, split, rename)
+    run = small_detection(copied, tmp_path / "run", paper_file, epochs=1)
+    assert convmae.load(run.checkpoint).settings["category_ids"] == [f"c{number}" for number in CATEGORY_IDS]
+    resumed = small_detection(copied, tmp_path / "run", paper_file, epochs=1, resume=True)
+    assert resumed.quality == run.quality
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_there_must_be_something_to_learn_and_to_judge_by(
     copied, paper_file, tmp_path, split, change_annotations, small_detection

@@ -20,7 +20,7 @@ from convmae.training.engine import EngineOptions
 def evaluate(
     weights: Path,
     data: Path | None = None,
-    split: Literal["train", "val"] = "val",
+    split: Literal["train", "val", "test"] = "val",
     annotations: Path | None = None,
     images: Path | None = None,
     output: Path | None = None,
@@ -29,13 +29,14 @@ def evaluate(
     skip_damaged: bool = False,
     engine: EngineOptions = EngineOptions(),
     limits: LimitOptions = LimitOptions(),
+    boxes_from_masks: bool = False,
 ) -> DetectionQuality:
     """Judge a detector by the twelve COCO figures of its boxes and of its masks.
 
     Args:
         weights: a detector's run or weights file.
-        data: a folder in COCO's layout.
-        split: train or val, which of its two parts.
+        data: a folder in COCO's layout, or in Roboflow's.
+        split: train, val or test, which of its parts.
         annotations: another file in COCO's format than that of data.
         images: the folder of its images.
         output: a JSON file for the detections, in COCO's format of results.
@@ -45,6 +46,7 @@ def evaluate(
         skip_damaged: leave out and list images that are missing or damaged and annotations that are broken instead of
             stopping.
         engine: devices and precision.
+        boxes_from_masks: draw boxes around masks instead of taking the file's.
 
     Raises UserError for weights without a detector, for other categories than the detector's, and for unreadable data.
     """
@@ -52,12 +54,18 @@ def evaluate(
     if output is not None:
         output = checked_output(output, (".json",))
     file, folder = find_coco(None if data is None else Path(data), split, annotations, images)
-    source = open_coco(file, folder, skip_damaged)
+    source = open_coco(file, folder, skip_damaged, boxes_from_masks=boxes_from_masks)
+    if not source.num_objects:
+        raise UserError(
+            f"{source.name} has no objects, or only crowds, so that nothing can be judged: give another file, or take "
+            "detect predict"
+        )
     model = load_frozen_detector(weights, image_size, engine, limits.max_pixels)
     network, fabric = model.network, model.fabric
-    known = (network.settings["classes"], network.settings["category_ids"])
-    if known != (source.classes, source.category_ids):
-        raise UserError(f"{source.name} has other categories than the detector of {weights}: they cannot be compared")
+    classes, category_ids = network.settings["classes"], network.settings["category_ids"]
+    if not (classes and category_ids):
+        raise UserError(f"the detector of {weights} does not tell its categories: it cannot be judged on {source.name}")
+    source = source.with_categories(classes, category_ids, f"the detector of {weights}")
     if fabric.is_global_zero:
         tell_findings(source, model.decoding)
     damaged: list[str] = []

@@ -14,6 +14,7 @@ from torch import Tensor
 from convmae.commands.frozen import OrderedBatches, load_frozen_detector, open_ordered_images, report_damaged
 from convmae.commands.options import BatchOptions, LimitOptions, spread
 from convmae.data.detection import ResizeAndPad
+from convmae.data.file_names import agreeing_parts, name_parts
 from convmae.data.images import decode_image
 from convmae.data.sources import ImageCollection
 from convmae.errors import UserError
@@ -116,29 +117,34 @@ def predict(
     return DetectionsResult(output / RESULTS_FILE, tuple(drawn), sum(map(len, counts.values())))
 
 
-def _image_ids(source: ImageCollection, annotations: Path | None) -> list[int]:
+def _image_ids(source: ImageCollection, annotations: Path | None) -> list[Any]:
     """The id of each image in COCO's results: its place, or what a file of annotations says of its name."""
     if annotations is None:
         return list(range(1, len(source) + 1))
     try:
         entries = json.loads(Path(annotations).read_bytes())["images"]
         told = {entry["id"]: Path(entry["file_name"]) for entry in entries}
+        parts = {entry["id"]: name_parts(entry["file_name"]) for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{annotations} is no file in COCO's format: it needs images with id and file_name") from error
-    by_name: dict[str, list[int]] = {}
-    for image_id, file in told.items():
-        by_name.setdefault(file.name, []).append(image_id)
+    if len(told) < len(entries):
+        raise UserError(f"{annotations} has several images of one id: give each an id of its own")
+    by_name: dict[str, list[Any]] = {}  # a name in any spelling
+    for image_id, own in parts.items():
+        by_name.setdefault(own[-1] if own else "", []).append(image_id)
     paths = [Path(source.image_name(index)) for index in range(len(source))]
-    unknown = [path.name for path in paths if path.name not in by_name]
+    spelled = [name_parts(str(path)) for path in paths]
+    unknown = [path.name for path, own in zip(paths, spelled, strict=True) if own[-1] not in by_name]
     if unknown:
         raise UserError(f"{annotations} lacks {len(unknown)} of the {len(paths)} images, the first is {unknown[0]}")
-    found: dict[int, Path] = {}
-    for path in paths:
-        image_ids = by_name[path.name]
+    found: dict[Any, Path] = {}
+    for path, own in zip(paths, spelled, strict=True):
+        image_ids = by_name[own[-1]]
         if len(image_ids) > 1:  # the file's folders may begin elsewhere than the user's, so they count only here
-            image_ids = [
-                image_id for image_id in image_ids if path.parts[-len(told[image_id].parts) :] == told[image_id].parts
-            ]
+            shared = {image_id: agreeing_parts(own, parts[image_id]) for image_id in image_ids}
+            image_ids = [image_id for image_id in image_ids if shared[image_id] == len(parts[image_id])]
+        if len(image_ids) > 1:  # that differ in spelling alone
+            image_ids = [image_id for image_id in image_ids if told[image_id].name == path.name]
         if len(image_ids) != 1:
             raise UserError(f"{annotations} does not tell which of its images named {path.name} is {path}: rename them")
         if image_ids[0] in found:

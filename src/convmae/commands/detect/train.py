@@ -11,6 +11,7 @@ from convmae.commands.options import PixelOptions, flat_settings, origin_of, spr
 from convmae.commands.pixels import settle_pixels
 from convmae.data.coco import CocoImages, find_coco, open_coco
 from convmae.data.detection import LargeScaleJitter
+from convmae.data.duplicates import repeated_images
 from convmae.data.failures import DecodingFailures
 from convmae.errors import UserError, check_choice, check_rate
 from convmae.kinds import create_detector, load_detector
@@ -77,12 +78,14 @@ def train(
     skip_damaged: bool = False,
     jitter: JitterOptions = JitterOptions(),
     pixels: PixelOptions = PixelOptions(),
+    boxes_from_masks: bool = False,
 ) -> DetectorTrainingResult:
     """Train a Mask R-CNN on a pretrained encoder, or from scratch; the defaults are the paper's.
 
     Args:
-        data: a folder in COCO's layout (annotations/instances_{train,val}2017.json, train2017, val2017); or demo, for
-            generated scenes that are written into output.
+        data: a folder in COCO's layout (annotations/instances_{train,val}2017.json, train2017, val2017) or in
+            Roboflow's (train/_annotations.coco.json, valid); or demo, for generated scenes that are written into
+            output.
         weights: a pretraining run, checkpoint or file, ours or published, or a detector's; left out, training starts
             from scratch.
         model: size, for training from scratch: tiny, small, base, large or huge.
@@ -101,6 +104,7 @@ def train(
         skip_damaged: leave out and list images that are missing or damaged and annotations that are broken instead of
             stopping.
         jitter: how training images are varied.
+        boxes_from_masks: draw boxes around masks instead of taking those of the files.
 
     Raises UserError for settings or data that cannot work, and Interrupted after SIGTERM or Ctrl-C, a checkpoint being
     written.
@@ -118,15 +122,21 @@ def train(
     training = open_coco(
         *find_coco(root, "train", train_annotations, train_images, ("--train-annotations", "--train-images")),
         skip_damaged,
+        boxes_from_masks=boxes_from_masks,
     )
     validation = open_coco(
-        *find_coco(root, "val", val_annotations, val_images, ("--val-annotations", "--val-images")), skip_damaged
-    )
-    if (training.classes, training.category_ids) != (validation.classes, validation.category_ids):
-        raise UserError(f"{validation.name} has other categories than {training.name}: both need the same")
+        *find_coco(root, "val", val_annotations, val_images, ("--val-annotations", "--val-images")),
+        skip_damaged,
+        boxes_from_masks=boxes_from_masks,
+    ).with_categories(training.classes, training.category_ids, training.name)
+    if fabric.is_global_zero:
+        validation.findings = [*validation.findings, *repeated_images(training, validation)]
     for source in (training, validation):
         if not source.num_objects:
-            raise UserError(f"{source.name} has no objects, or only crowds: annotate some, or give another file")
+            raise UserError(
+                f"{source.name} has no objects, or only crowds: annotate some, write iscrowd 0 where a crowd is a "
+                "single object, or give another file"
+            )
 
     torch.manual_seed(options.seed)
     stated = {

@@ -63,7 +63,11 @@ class DetectionJob(Job[Detector, DetectionQuality]):
         self.network, self.module = network, DetectorTraining(network)
         self.origin, self.data = origin, training.name
         self.findings = {source.name: source.findings for source in (training, validation)}
-        self.contents = f"{training.num_objects} objects of {len(training.classes)} classes in {len(training)} images"
+        counts = training.class_counts
+        self.contents = (
+            f"{training.num_objects} objects of {len(counts)} classes ({min(counts)} to {max(counts)} each) in "
+            f"{len(training)} images"
+        )
         self.failures = DecodingFailures(folder)
         self._fabric, self._folder, self._training = fabric, folder, training
         self._loader = build_training_loader(training, jitter, loading, seed=seed)

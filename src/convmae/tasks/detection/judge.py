@@ -19,7 +19,7 @@ from convmae.pixels import Decoding
 from convmae.tasks.processes import gathered, share_buffers
 from convmae.tasks.tables import shares_table
 
-ImageResults = tuple[int, list[dict[str, Any]]]
+ImageResults = tuple[int | float | str, list[dict[str, Any]]]
 """An image's id, and what was found in it as COCO's results."""
 
 _KINDS: tuple[Literal["bbox"], Literal["segm"]] = ("bbox", "segm")
