@@ -15,6 +15,22 @@ def test_ctrl_c_ends_without_a_traceback(command_line, monkeypatch):
     assert command_line("info") == (130, "", "convmae: stopped\n")
 
 
+def of_weights(weights):
+    """A command line of each command that takes weights before it opens any data."""
+    for line in (
+        "pretrain --data demo --model tiny",
+        "reconstruct --images demo",
+        "predict --images demo",
+        "embed --data demo --output e.parquet",
+        "neighbours --data demo --query a.png",
+        "visualise --images demo",
+        "export --format reference --output w.pth",
+        "detect predict --images demo --output d",
+        "segment predict --images demo --output s",
+    ):
+        yield [*line.split(), "--weights", weights]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -41,6 +57,9 @@ def test_ctrl_c_ends_without_a_traceback(command_line, monkeypatch):
         (["pretrain", "--config", __file__, "--data", "demo"], "is no configuration"),
         (["pretrain", "--data", "demo", "--model", "tiny", "--output", "/proc/nothing"], "/proc/nothing"),
         (["pretrain", "--data", "demo", "--model", "tiny", "--weights", __file__], "test_cli.py is damaged"),
+        (["pretrain", "--data", "demo", "--output", "s3://a/b"], "output cannot be s3://a/b, from or to which nothing"),
+        (["scenes", "--output", "https://a/b"], "output cannot be https://a/b"),
+        *((command, "weights cannot be https://a.b/c.pth, ") for command in of_weights("https://a.b/c.pth")),
     ],
 )
 def test_mistakes_are_one_line_with_status_2(refused, arguments, message):

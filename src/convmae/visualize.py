@@ -434,6 +434,6 @@ def _tell_lacking(letters: str) -> None:
     if letters:
         shown = letters if len(letters) <= _MOST_LETTERS else f"{letters[:_MOST_LETTERS]}…"
         _log.warning(
-            "no font on this machine has %s: pictures show boxes in their place; install one that has, such as Noto Sans",
+            "no font on this machine has %s: pictures show boxes instead; install one that has, such as Noto Sans",
             shown,
         )

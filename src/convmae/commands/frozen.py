@@ -21,7 +21,7 @@ from convmae.data.demo import demo_photographs
 from convmae.data.loading import Loading, build_evaluation_loader
 from convmae.data.samples import Transform
 from convmae.data.sources import EXTENSIONS, ImageCollection, ImageStream, open_files, open_images
-from convmae.errors import UserError
+from convmae.errors import UserError, check_local
 from convmae.kinds import load, load_classifier
 from convmae.models.classifier import Classifier
 from convmae.models.config import grid_of, height_and_width
@@ -153,6 +153,7 @@ def open_ordered_images(images: str | Path, split: str = "train") -> ImageCollec
     for streams, which have no order, and for a path that cannot be written down.
     """
     path = Path(images)
+    check_local("images", images)
     if path.is_file():
         if path.suffix.lower() not in EXTENSIONS:
             raise UserError(f"{images} is no image: accepted are {' '.join(EXTENSIONS)}, or a folder of them")
@@ -224,6 +225,7 @@ class OrderedBatches:
 def checked_output(output: Path, suffixes: Sequence[str]) -> Path:
     """The path, when a file of that kind can be written there. Raises UserError otherwise, before the work begins."""
     output = Path(output)  # Python callers may pass a string
+    check_local("output", output)
     if output.suffix.lower() not in suffixes:
         raise UserError(f"{output} has no known format: choose a name that ends in {' or '.join(suffixes)}")
     if output.is_dir():

@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 from convmae.commands.frozen import tell_findings
 from convmae.data.images import decode_image
 from convmae.data.sources import ImageCollection, open_files, open_images
-from convmae.errors import UserError
+from convmae.errors import UserError, check_local
 from convmae.kinds import load
 from convmae.masking import random_visible
 from convmae.models.config import PATCH, grid_of
@@ -57,6 +57,7 @@ def reconstruct(
     weights = weights or checkpoint
     assert weights is not None
     output = Path(output)  # Python callers may pass a string
+    check_local("output", output)
     if output.suffix.lower() not in PICTURE_SUFFIXES:
         raise UserError(f"the picture {output} has no known format: choose a name that ends in .png")
     if count < 1 or longest_side < PATCH:
@@ -93,6 +94,7 @@ def reconstruct(
 
 def _choose(images: str, count: int) -> list[tuple[str, Callable[[int], Tensor]]]:
     """Name and reader (channels -> uint8 (C, H, W)) of at most `count` images, spread evenly."""
+    check_local("images", images)
     if Path(images).is_file():
         return [(images, partial(_decode, open_files(str(images), [str(images)]), 0))]
     source = open_images(images)

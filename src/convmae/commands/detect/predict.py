@@ -16,7 +16,7 @@ from convmae.commands.options import BatchOptions, spread
 from convmae.data.detection import ResizeAndPad
 from convmae.data.images import decode_image
 from convmae.data.sources import ImageCollection
-from convmae.errors import UserError
+from convmae.errors import UserError, check_local
 from convmae.evaluation.detection import coco_results
 from convmae.training.checkpoint import replace_file
 from convmae.visualize import DrawnPicture, detection_picture
@@ -69,6 +69,7 @@ def predict(
     if not 0 <= threshold <= 1 or draw < 0:
         raise UserError("threshold is a score from 0 to 1, and draw at least 0: change them")
     output = Path(output)  # Python callers may pass a string
+    check_local("output", output)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: choose a folder for the detections")
     source = open_ordered_images(images, reading.split)
