@@ -1,9 +1,14 @@
+import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import yaml
+from PIL import Image
+from torch.utils.data import DataLoader
 
+from convmae import cli
 from convmae.commands import COMMANDS
 
 
@@ -152,3 +157,19 @@ def test_the_version_is_told(command_line):
     status, out, _ = command_line("--version")
     assert status == 0
     assert out.strip() == "convmae 0.1.0"
+
+
+def test_warnings_that_a_user_cannot_act_on_are_silent(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05broken")
+    told = []
+    for quiet in (False, True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if quiet:
+                cli._quiet_libraries()
+            Image.open(tmp_path / "a.jpg").getexif()
+            DataLoader([1], num_workers=os.cpu_count() + 1)
+            warnings.warn("what matters", stacklevel=1)
+        told.append([str(one.message)[:27] for one in caught if one.category is UserWarning])
+    assert told[0] == ["Corrupt EXIF data.  Expecti", "This DataLoader will create", "what matters"]
+    assert told[1] == ["what matters"]

@@ -5,6 +5,7 @@ import logging
 import re
 import signal
 import sys
+import warnings
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)]
     )
     logging.getLogger("convmae").setLevel(logging.INFO)
+    _quiet_libraries()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
         auto_cli(
@@ -49,6 +51,12 @@ def main(arguments: list[str] | None = None) -> None:
         if str(stopped):
             Console(stderr=True, highlight=False).print(str(stopped), markup=False, soft_wrap=True)
         sys.exit(128 + stopped.signal)
+
+
+def _quiet_libraries() -> None:
+    """Silence warnings that a user cannot act on; what they are about is told in our own words, or does no harm."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata in images that are decoded all the same
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # as many processes as were asked for
 
 
 class _Parser(ArgumentParser):

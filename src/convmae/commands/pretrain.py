@@ -152,8 +152,10 @@ def _begin(objective: ConvMAE, weights: Path) -> None:
     fitting, anew, left_out = fit_objective(state, objective.state_dict())
     objective.load_state_dict(fitting)
     if anew:
-        said = f"; left out are its {', '.join(left_out)}" if left_out else ""
-        _log.warning("%s holds no decoder: the encoder begins from it, anew begin %s%s", weights, ", ".join(anew), said)
+        taken = [part for part, _ in objective.named_children() if part not in anew]
+        parts = {"taken from it": taken, "begun anew": anew, "left out": left_out}
+        said = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
+        _log.warning("%s has no decoder; %s", weights, said)
     if known.get("norm_pix", objective.norm_pix) != objective.norm_pix:
         _log.warning("%s was trained with norm_pix %s, this run has %s", weights, known["norm_pix"], objective.norm_pix)
 
