@@ -1,11 +1,14 @@
+import logging
 import os
 import subprocess
 import sys
 import warnings
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from timm.scheduler import CosineLRScheduler
 from torch.utils.data import DataLoader
 
 from convmae import cli
@@ -159,7 +162,8 @@ def test_the_version_is_told(command_line):
     assert out.strip() == "convmae 0.1.0"
 
 
-def test_warnings_that_a_user_cannot_act_on_are_silent(tmp_path):
+def test_warnings_that_a_user_cannot_act_on_are_silent(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("timm.scheduler"), "level", logging.NOTSET)
     Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05broken")
     told = []
     for quiet in (False, True):
@@ -169,7 +173,11 @@ def test_warnings_that_a_user_cannot_act_on_are_silent(tmp_path):
                 cli._quiet_libraries()
             Image.open(tmp_path / "a.jpg").getexif()
             DataLoader([1], num_workers=os.cpu_count() + 1)
+            CosineLRScheduler(torch.optim.SGD([torch.zeros(1)], lr=1.0), t_initial=1)
             warnings.warn("what matters", stacklevel=1)
         told.append([str(one.message)[:27] for one in caught if one.category is UserWarning])
+        told.append([record.message[:16] for record in caplog.records])
+        caplog.clear()
     assert told[0] == ["Corrupt EXIF data.  Expecti", "This DataLoader will create", "what matters"]
-    assert told[1] == ["what matters"]
+    assert told[1] == ["Cosine annealing"]
+    assert told[2:] == [["what matters"], []]

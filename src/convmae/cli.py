@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _quiet_libraries() -> None:
     """Silence warnings that a user cannot act on; what they are about is told in our own words, or does no harm."""
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata in images that are decoded all the same
+    logging.getLogger("timm.scheduler").setLevel(logging.ERROR)  # of schedules of a run of one step
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # as many processes as were asked for
 
 
