@@ -180,6 +180,16 @@ def test_what_stands_before_the_decoder_is_taken_from_a_file_that_has_it(
     assert "taken from it: encoder, project1, project2, norm; begun anew: decoder" in caplog.text
 
 
+def test_a_derivative_with_other_mlps_is_trained_on_and_resumed(photos, tmp_path, small_pretraining):
+    model = convmae.create_autoencoder("tiny", image_size=32, mlp_ratio=(8, 8, 4))
+    weights.save_published(tmp_path / "derivative.pth", model.state_dict())
+    small_pretraining(photos, tmp_path / "run", epochs=1, weights=tmp_path / "derivative.pth")
+    (tmp_path / "derivative.pth").unlink()
+    run = small_pretraining(photos, tmp_path / "run", epochs=2, resume=True)
+    assert run.steps == 6
+    assert convmae.load(run.checkpoint).encoder.config.mlp_ratio == (8, 8, 4)
+
+
 def test_weights_that_mean_something_else_are_refused_or_said(photos, tmp_path, small_pretraining, caplog):
     model = convmae.create_autoencoder("tiny", image_size=32, num_heads=12, norm_pix=False)
     weights.save_model(tmp_path / "other.safetensors", model)

@@ -4,7 +4,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -102,6 +102,10 @@ def pretrain(
     settings = flat_settings(locals())
     run = Run(options, settings)
     size = height_and_width(image_size)
+    begun = run.checkpoint or weights
+    state, facts = ({}, {}) if begun is None else weights_files.read(begun)
+    # No option says these, so that a derivative of the paper's model can be trained on, too.
+    derived = {"mlp_ratio": weights_files.sizes(state)["mlp_ratio"]} if state else {}
     torch.manual_seed(options.seed)
     objective = create_autoencoder(
         model,
@@ -115,9 +119,10 @@ def pretrain(
         mask_stage=mask_stage,
         masked_convolution=masked_convolution,
         dense=dense,
+        **derived,
     )
     if weights is not None and run.checkpoint is None:
-        _begin(objective, weights)
+        _begin(objective, weights, state, facts)
     objective.encoder.set_grad_checkpointing(options.grad_checkpointing)
     source = open_images(data, split)
 
@@ -139,9 +144,11 @@ def pretrain(
     return _finish(run.train(fabric, job), job)
 
 
-def _begin(objective: ConvMAE, weights: Path) -> None:
-    """Fill the model from a file as far as that goes, and say what begins anew."""
-    state, facts = weights_files.read(weights)
+def _begin(objective: ConvMAE, weights: Path, state: weights_files.StateDict, facts: dict[str, Any]) -> None:
+    """Fill the model from what a file holds as far as that goes, and say what begins anew.
+
+    state, facts: what `convmae.weights.read` gave.
+    """
     known = weights_files.flat(facts)
     config = objective.encoder.config
     if known.get("num_heads", config.num_heads) != config.num_heads:  # which no tensor's shape would tell
