@@ -1,9 +1,17 @@
+import logging
+import os
 import subprocess
 import sys
+import warnings
 
 import pytest
+import torch
 import yaml
+from PIL import Image
+from timm.scheduler import CosineLRScheduler
+from torch.utils.data import DataLoader
 
+from convmae import cli
 from convmae.commands import COMMANDS
 
 
@@ -13,6 +21,21 @@ def test_ctrl_c_ends_without_a_traceback(command_line, monkeypatch):
 
     monkeypatch.setattr("convmae.commands.info.info", info)
     assert command_line("info") == (130, "", "convmae: stopped\n")
+
+
+def of_weights(weights):
+    """A command line of each command that takes weights before it opens any data."""
+    for line in (
+        "pretrain --data demo --model tiny",
+        "reconstruct --images demo",
+        "predict --images demo",
+        "embed --data demo --output e.parquet",
+        "visualise --images demo",
+        "export --format reference --output w.pth",
+        "detect predict --images demo --output d",
+        "segment predict --images demo --output s",
+    ):
+        yield [*line.split(), "--weights", weights]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +64,11 @@ def test_ctrl_c_ends_without_a_traceback(command_line, monkeypatch):
         (["pretrain", "--config", __file__, "--data", "demo"], "is no configuration"),
         (["pretrain", "--data", "demo", "--model", "tiny", "--output", "/proc/nothing"], "/proc/nothing"),
         (["pretrain", "--data", "demo", "--model", "tiny", "--weights", __file__], "test_cli.py is damaged"),
+        (["pretrain", "--data", "demo", "--output", "s3://a/b"], "output cannot be s3://a/b, from or to which nothing"),
+        (["pretrain", "--data", "https://a/b", "--model", "tiny"], "https://a/b does not exist: give a folder"),
+        (["segment", "train", "--data", "https://a/b"], "https://a/b/images/training does not exist"),
+        (["scenes", "--output", "https://a/b"], "output cannot be https://a/b"),
+        *((command, "weights cannot be https://a.b/c.pth, ") for command in of_weights("https://a.b/c.pth")),
     ],
 )
 def test_mistakes_are_one_line_with_status_2(refused, arguments, message):
@@ -132,3 +160,24 @@ def test_the_version_is_told(command_line):
     status, out, _ = command_line("--version")
     assert status == 0
     assert out.strip() == "convmae 0.1.0"
+
+
+def test_warnings_that_a_user_cannot_act_on_are_silent(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("timm.scheduler"), "level", logging.NOTSET)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x05broken")
+    told = []
+    for quiet in (False, True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if quiet:
+                cli._quiet_libraries()
+            Image.open(tmp_path / "a.jpg").getexif()
+            DataLoader([1], num_workers=os.cpu_count() + 1)
+            CosineLRScheduler(torch.optim.SGD([torch.zeros(1)], lr=1.0), t_initial=1)
+            warnings.warn("what matters", stacklevel=1)
+        told.append([str(one.message)[:27] for one in caught if one.category is UserWarning])
+        told.append([record.message[:16] for record in caplog.records])
+        caplog.clear()
+    assert told[0] == ["Corrupt EXIF data.  Expecti", "This DataLoader will create", "what matters"]
+    assert told[1] == ["Cosine annealing"]
+    assert told[2:] == [["what matters"], []]

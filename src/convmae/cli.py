@@ -67,6 +67,7 @@ class _Parser(ArgumentParser):
 
 
 def _fail(message: str) -> NoReturn:
+    message = re.sub(r"\b(https?|ftp|hf|s3|gs):/(?=[^/\s])", r"\1://", message)  # of which a Path keeps one slash
     print(f"convmae: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 

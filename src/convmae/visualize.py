@@ -42,6 +42,7 @@ _LONGEST_NAME = 40  # letters of them
 _TRANSLUCENT = 0.6  # weight of a class's colour over an image
 _PLAIN = ("400", "normal", "regular", "book", "roman")  # weights of fonts
 _MOST_LETTERS = 20  # in a message
+_told_lacking: set[str] = set()  # letters that the user was told no font has
 _ROBUST = (0.01, 0.99)  # quantiles that become the darkest and brightest, so that outliers do not
 
 
@@ -385,11 +386,19 @@ def _save(figure: Figure, path: str | Path) -> None:
 @contextmanager
 def _legible(texts: Iterable[Any]) -> Iterator[None]:
     """Give texts fonts that have their letters, and let matplotlib measure and draw them without a word on others."""
+    lacking: set[str] = set()
     for text in texts:
-        families, lacking = _fonts_for(frozenset(text.get_text()))
+        families, no_font = _fonts_for(frozenset(text.get_text()))
         if families:
             text.set_fontfamily([*matplotlib.rcParams["font.family"], *families])
-        _tell_lacking(lacking)
+        lacking |= no_font
+    if untold := "".join(sorted(lacking - _told_lacking)):
+        _told_lacking.update(untold)
+        shown = untold if len(untold) <= _MOST_LETTERS else f"{untold[:_MOST_LETTERS]}…"
+        _log.warning(
+            "no font on this machine has %s: pictures show boxes instead; install one that has, such as Noto Sans",
+            shown,
+        )
     finder = logging.getLogger("matplotlib.font_manager")  # which tells of families without bold letters
     level = finder.level
     finder.setLevel(logging.ERROR)
@@ -402,10 +411,10 @@ def _legible(texts: Iterable[Any]) -> Iterator[None]:
 
 
 @cache
-def _fonts_for(letters: frozenset[str]) -> tuple[tuple[str, ...], str]:
+def _fonts_for(letters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
     """Families of this machine with the letters that matplotlib's usual font lacks, and the letters that none has."""
     drawn = {letter for letter in letters if unicodedata.category(letter)[0] not in "CZ"}  # not spaces and the like
-    lacking = drawn - _letters_of(font_manager.findfont(font_manager.FontProperties()))
+    lacking = frozenset(drawn) - _letters_of(font_manager.findfont(font_manager.FontProperties()))
     families: list[str] = []
     if lacking:
         fonts = [font for font in font_manager.fontManager.ttflist if "lastresort" not in Path(font.fname).stem.lower()]
@@ -416,7 +425,7 @@ def _fonts_for(letters: frozenset[str]) -> tuple[tuple[str, ...], str]:
                 break
             families.append(best.name)
             lacking = lacking - _letters_of(best.fname)
-    return tuple(families), "".join(sorted(lacking))
+    return tuple(families), lacking
 
 
 @cache
@@ -426,14 +435,3 @@ def _letters_of(file: str) -> frozenset[str]:
         return frozenset(map(chr, font_manager.get_font(file).get_charmap()))
     except (OSError, RuntimeError):  # removed since matplotlib listed it, or of a form that it does not read
         return frozenset()
-
-
-@cache
-def _tell_lacking(letters: str) -> None:
-    """Say once of these letters that pictures cannot show them."""
-    if letters:
-        shown = letters if len(letters) <= _MOST_LETTERS else f"{letters[:_MOST_LETTERS]}…"
-        _log.warning(
-            "no font on this machine has %s: pictures show boxes in their place; install one that has, such as Noto Sans",
-            shown,
-        )

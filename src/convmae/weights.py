@@ -332,7 +332,7 @@ def _chosen(roots: list[str], found: Mapping[str, Tensor], origin: str) -> str:
         )
     root = (averages or plain)[0]
     what = "the moving average" if averages else "those"
-    _log.warning("%s holds weights under %s: %s under %r will do", origin, called, what, root.removesuffix("."))
+    _log.warning("%s holds weights under %s; taken: %s under %r", origin, called, what, root.removesuffix("."))
     return root
 
 

@@ -147,8 +147,8 @@ STILL = OptimizerOptions(base_lr=0.0)
         (lambda encoder, path: encoder.save_pretrained(path), ""),
         (_authors_encoder, ""),
         (_bare, ""),
-        (_of_timm, "; left out are its fc_norm, head"),
-        (_of_a_run, "; left out are its fc_norm"),
+        (_of_timm, "; left out: fc_norm, head"),
+        (_of_a_run, "; left out: fc_norm"),
     ],
     ids=["save_pretrained", "the authors'", "an encoder's state dict", "timm's folder", "a finetuning's run"],
 )
@@ -163,7 +163,7 @@ def test_training_starts_from_an_encoder_and_says_what_begins_anew(
     assert same({name: value for name, value in state.items() if name.startswith("encoder.")}, _named(encoder))
     others = {name for name in state if not name.startswith("encoder.")}
     assert same({name: state[name] for name in others}, {name: anew[name] for name in others})
-    message = f"holds no decoder: the encoder begins from it, anew begin project1, project2, norm, decoder{left_out}"
+    message = "has no decoder; taken from it: encoder; begun anew: project1, project2, norm, decoder" + left_out
     assert [
         record.message for record in caplog.records if message in record.message and record.message.endswith(message)
     ]
@@ -178,7 +178,17 @@ def test_what_stands_before_the_decoder_is_taken_from_a_file_that_has_it(
     run = small_pretraining(photos, tmp_path / "run", epochs=1, weights=tmp_path / "half.pth", optimizer=STILL)
     found = load_file(run.checkpoint / "model.safetensors")
     assert same({name: found[name] for name in half}, half)
-    assert "anew begin decoder" in caplog.text
+    assert "taken from it: encoder, project1, project2, norm; begun anew: decoder" in caplog.text
+
+
+def test_a_derivative_with_other_mlps_is_trained_on_and_resumed(photos, tmp_path, small_pretraining):
+    model = convmae.create_autoencoder("tiny", image_size=32, mlp_ratio=(8, 8, 4))
+    weights.save_published(tmp_path / "derivative.pth", model.state_dict())
+    small_pretraining(photos, tmp_path / "run", epochs=1, weights=tmp_path / "derivative.pth")
+    (tmp_path / "derivative.pth").unlink()
+    run = small_pretraining(photos, tmp_path / "run", epochs=2, resume=True)
+    assert run.steps == 6
+    assert convmae.load(run.checkpoint).encoder.config.mlp_ratio == (8, 8, 4)
 
 
 def test_weights_that_mean_something_else_are_refused_or_said(photos, tmp_path, small_pretraining, caplog):

@@ -75,3 +75,12 @@ def test_the_size_of_the_positions_stays_in_step():
     classifier.set_input_size(96)
     assert classifier.image_size == classifier.encoder.config.image_size == (96, 96)
     assert classifier.description["encoder"]["image_size"] == (96, 96)
+
+
+def test_mlp_ratios_are_one_number_or_one_for_each_stage():
+    assert convmae.EncoderConfig().mlp_ratios == (4.0, 4.0, 4.0)
+    mixed = convmae.EncoderConfig(mlp_ratio=[8, 8, 4])  # as JSON has it
+    assert mixed.mlp_ratio == mixed.mlp_ratios == (8, 8, 4)
+    assert convmae.EncoderConfig(mlp_ratio=(2.0, 2.0, 2.0)) == convmae.EncoderConfig(mlp_ratio=2.0)
+    with pytest.raises(convmae.UserError, match=r"mlp_ratio \(8, 4\) has no number for each of the 3 stages"):
+        convmae.EncoderConfig(mlp_ratio=(8, 4))

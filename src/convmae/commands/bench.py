@@ -26,7 +26,7 @@ from convmae.benchmarks.contenders import (
 )
 from convmae.benchmarks.memory import largest_fitting, state_bytes
 from convmae.benchmarks.turns import Spread, machine_name, take_turns
-from convmae.errors import UserError
+from convmae.errors import UserError, check_local
 from convmae.masking import random_visible
 
 _IMAGENET, _EPOCHS = 1_281_167, 1600  # training images, and epochs of the paper's longest run
@@ -97,6 +97,8 @@ def bench(
         largest_batch: search for the largest batch that fits on the GPU, too.
         output: a JSON file for the figures.
     """
+    if output is not None:
+        check_local("output", output)
     if rounds < 1 or batch_size < 1:
         raise UserError("rounds and batch_size must be at least 1: raise them")
     if device == "cuda" and not torch.cuda.is_available():

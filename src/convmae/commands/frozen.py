@@ -24,7 +24,7 @@ from convmae.data.lists import is_list
 from convmae.data.loading import Loading, build_evaluation_loader
 from convmae.data.samples import Transform
 from convmae.data.sources import ImageCollection, ImageStream, open_files, open_images, several
-from convmae.errors import UserError
+from convmae.errors import UserError, check_local
 from convmae.kinds import load, load_classifier
 from convmae.models.classifier import Classifier
 from convmae.models.config import grid_of, height_and_width
@@ -164,6 +164,8 @@ def open_ordered_images(images: str | Path | Sequence[str | Path], split: str = 
     a path that cannot be written down.
     """
     parts = several(images)
+    for part in parts:
+        check_local("images", part)
     path = Path(parts[0])
     if len(parts) == 1 and path.is_file() and not is_list(path):
         if path.suffix.lower() not in EXTENSIONS:
@@ -238,6 +240,7 @@ class OrderedBatches:
 def checked_output(output: Path, suffixes: Sequence[str]) -> Path:
     """The path, when a file of that kind can be written there. Raises UserError otherwise, before the work begins."""
     output = Path(output)  # Python callers may pass a string
+    check_local("output", output)
     if output.suffix.lower() not in suffixes:
         raise UserError(f"{output} has no known format: choose a name that ends in {' or '.join(suffixes)}")
     if output.is_dir():

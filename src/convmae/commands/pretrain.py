@@ -4,7 +4,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -107,6 +107,10 @@ def pretrain(
     settings = flat_settings(locals())
     run = Run(options, settings)
     size = height_and_width(image_size)
+    begun = run.checkpoint or weights
+    state, facts = ({}, {}) if begun is None else weights_files.read(begun)
+    # No option says these, so that a derivative of the paper's model can be trained on, too.
+    derived = {"mlp_ratio": weights_files.sizes(state)["mlp_ratio"]} if state else {}
     torch.manual_seed(options.seed)
     objective = create_autoencoder(
         model,
@@ -120,9 +124,10 @@ def pretrain(
         mask_stage=mask_stage,
         masked_convolution=masked_convolution,
         dense=dense,
+        **derived,
     )
     if weights is not None and run.checkpoint is None:
-        _begin(objective, weights)
+        _begin(objective, weights, state, facts)
     objective.encoder.set_grad_checkpointing(options.grad_checkpointing)
     source = open_images(data, split)
     decoding = settle_pixels(objective, pixels, [source], run)
@@ -145,9 +150,11 @@ def pretrain(
     return _finish(run.train(fabric, job), job)
 
 
-def _begin(objective: ConvMAE, weights: Path) -> None:
-    """Fill the model from a file as far as that goes, and say what begins anew."""
-    state, facts = weights_files.read(weights)
+def _begin(objective: ConvMAE, weights: Path, state: weights_files.StateDict, facts: dict[str, Any]) -> None:
+    """Fill the model from what a file holds as far as that goes, and say what begins anew.
+
+    state, facts: what `convmae.weights.read` gave.
+    """
     known = weights_files.flat(facts)
     config = objective.encoder.config
     if known.get("num_heads", config.num_heads) != config.num_heads:  # which no tensor's shape would tell
@@ -160,8 +167,10 @@ def _begin(objective: ConvMAE, weights: Path) -> None:
     fitting, anew, left_out = fit_objective(state, objective.state_dict())
     objective.load_state_dict(fitting)
     if anew:
-        said = f"; left out are its {', '.join(left_out)}" if left_out else ""
-        _log.warning("%s holds no decoder: the encoder begins from it, anew begin %s%s", weights, ", ".join(anew), said)
+        taken = [part for part, _ in objective.named_children() if part not in anew]
+        parts = {"taken from it": taken, "begun anew": anew, "left out": left_out}
+        said = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
+        _log.warning("%s has no decoder; %s", weights, said)
     if known.get("norm_pix", objective.norm_pix) != objective.norm_pix:
         _log.warning("%s was trained with norm_pix %s, this run has %s", weights, known["norm_pix"], objective.norm_pix)
 

@@ -15,7 +15,7 @@ from convmae.commands.frozen import tell_findings
 from convmae.commands.options import LimitOptions, spread
 from convmae.data.images import decode_image, without_ends
 from convmae.data.sources import ImageCollection, open_files, open_images
-from convmae.errors import UserError
+from convmae.errors import UserError, check_local
 from convmae.kinds import load
 from convmae.masking import random_visible
 from convmae.models.config import PATCH, grid_of
@@ -63,6 +63,7 @@ def reconstruct(
     weights = weights or checkpoint
     assert weights is not None
     output = Path(output)  # Python callers may pass a string
+    check_local("output", output)
     if output.suffix.lower() not in PICTURE_SUFFIXES:
         raise UserError(f"the picture {output} has no known format: choose a name that ends in .png")
     if count < 1 or longest_side < PATCH:
@@ -100,6 +101,7 @@ def reconstruct(
 
 def _choose(images: str, count: int, decoding: Decoding) -> list[tuple[str, Callable[[Decoding], Tensor]]]:
     """Name and reader (decoding -> uint8 (C, H, W)) of at most `count` images, spread evenly."""
+    check_local("images", images)
     if Path(images).is_file():
         single = open_files(str(images), [str(images)])
         tell_findings(single, decoding)

@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from convmae.data.scenes import Layout, write_scenes
+from convmae.errors import check_local
 from convmae.models.config import height_and_width
 
 
@@ -28,6 +29,7 @@ def scenes(
 
     Returns the folder. Raises UserError where it holds anything else.
     """
+    check_local("output", output)
     folder = write_scenes(output, layout, train, val, height_and_width(image_size), seed)
     Console().print(f"{train} training and {val} validation scenes: {folder}", markup=False, soft_wrap=True)
     return folder

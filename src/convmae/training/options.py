@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from convmae.errors import check_positive, check_rate
+from convmae.errors import check_local, check_positive, check_rate
 from convmae.training.checkpoint import CheckpointOptions
 from convmae.training.engine import EngineOptions
 from convmae.training.logging import LoggingOptions
@@ -50,6 +50,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))  # Python callers may pass a string
+        check_local("output", self.output)
         check_positive(
             epochs=self.epochs,
             batch_size=self.batch_size,

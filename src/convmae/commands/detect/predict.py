@@ -17,7 +17,7 @@ from convmae.data.detection import ResizeAndPad
 from convmae.data.file_names import agreeing_parts, name_parts
 from convmae.data.images import decode_image
 from convmae.data.sources import ImageCollection
-from convmae.errors import UserError
+from convmae.errors import UserError, check_local
 from convmae.evaluation.detection import coco_results
 from convmae.pixels import Decoding
 from convmae.training.checkpoint import replace_file
@@ -72,6 +72,7 @@ def predict(
     if not 0 <= threshold <= 1 or draw < 0:
         raise UserError("threshold is a score from 0 to 1, and draw at least 0: change them")
     output = Path(output)  # Python callers may pass a string
+    check_local("output", output)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: choose a folder for the detections")
     source = open_ordered_images(images, reading.split)

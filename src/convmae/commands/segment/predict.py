@@ -16,7 +16,7 @@ from convmae.commands.options import BatchOptions, ImageOptions, LimitOptions, s
 from convmae.data.images import decode_image
 from convmae.data.label_maps import LabelEncoding, recorded_encoding
 from convmae.data.sources import ImageCollection
-from convmae.errors import UserError, check_positive
+from convmae.errors import UserError, check_local, check_positive
 from convmae.tasks.segmentation.views import Inference, InferenceOptions
 from convmae.training.checkpoint import replace_file
 from convmae.visualize import SegmentedPicture, segmentation_picture
@@ -65,6 +65,7 @@ def predict(
     if draw < 0:
         raise UserError("draw cannot be below 0: choose how many pictures to draw")
     output = Path(output)  # Python callers may pass a string
+    check_local("output", output)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: choose a folder for the label maps")
     if Path(images).is_dir() and str(images) != "demo" and output.resolve().is_relative_to(Path(images).resolve()):
