@@ -11,7 +11,13 @@ import numpy
 from PIL import Image
 
 from convmae.data.bands import UnfitPixelsError, pages_of_tiff, read_numbers, scaled
-from convmae.data.images import UndecodableImageError, is_transparent, opened, undecodable_if_damaged
+from convmae.data.images import (
+    FAR_BELOW_16_BITS,
+    UndecodableImageError,
+    is_transparent,
+    opened,
+    undecodable_if_damaged,
+)
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 from convmae.findings import Finding
@@ -20,8 +26,6 @@ from convmae.pixels import Decoding
 _HEADERS = 256  # images whose headers are read
 _DECODED = 64  # of these, the most that are decoded
 _STATISTICS = 4096  # pixels of an image that its means count, about
-_FULL_RANGE = 65535  # of 16 bits
-_FAR_BELOW = 1 / 4  # of the full range
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ class _Seen:
         elif self._ranges:
             low = min(least for least, _ in self._ranges.values())
             high = max(most for _, most in self._ranges.values())
-            if high < _FAR_BELOW * _FULL_RANGE:
+            if high < FAR_BELOW_16_BITS:
                 items = [f"{name} ({least:g} to {most:g})" for name, (least, most) in self._ranges.items()]
                 range_of = f"16 bits, from {low:g} to {high:g}, of which {int(high) // 256 + 1} of 256 levels remain"
                 cure = f"give the range of your data, such as --pixel-range 0,{_next_power(high):g}"
