@@ -281,3 +281,14 @@ def test_each_class_has_a_colour_of_its_own():
     for number, least in ((20, 10), (50, 7), (150, 3.5), (255, 1.5)):  # of 1 a difference is just seen
         assert difference[:number, :number].min() > least
     assert (np.ptp(colours.astype(int), axis=1) > 30).all()  # none is grey, as the pictures under them are
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1)])
+def test_thin_images_are_drawn(tmp_path, size):
+    image, labels = torch.full((3, *size), 0.5), torch.zeros(size, dtype=torch.uint8)
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, *size)}
+    detection_picture(tmp_path / "d.png", [[DrawnPicture(image, nothing, "")]], ["a"])
+    segmentation_picture(tmp_path / "s.png", [[SegmentedPicture(image, labels, "")]], ["a"])
+    for name in ("d.png", "s.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) >= 10
