@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy
 from PIL import Image
 
-from convmae.data.bands import UnfitPixelsError, pages_of_tiff, read_numbers, scaled
+from convmae.data.bands import UnfitPixelsError, native, pages_of_tiff, read_numbers, scaled
 from convmae.data.images import (
     FAR_BELOW_16_BITS,
     UndecodableImageError,
@@ -118,12 +118,12 @@ class _Seen:
         return True
 
     def _look_at_numbers(self, name: str, values: numpy.ndarray, colours: bool) -> None:
-        decoding = self._decoding
+        decoding, values = self._decoding, native(values)
         few = values.dtype.itemsize == 1
         self._fits(name, few and decoding.pixel_range is not None)
         low, high = float(values.min()), float(values.max())
         if not few:
-            if decoding.pixel_range is None and values.dtype.kind != "u":
+            if decoding.pixel_range is None and values.dtype != numpy.uint16:
                 self.fit -= 1
                 scaled(values[:1], None)  # tells that the range is unknown
             self._ranges[name] = (low, high)

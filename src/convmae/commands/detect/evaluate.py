@@ -9,6 +9,7 @@ from rich.console import Console
 from convmae.commands.frozen import checked_output, load_frozen_detector, report_damaged, tell_findings
 from convmae.commands.options import LimitOptions, spread
 from convmae.data.coco import find_coco, open_coco
+from convmae.data.inspection import inspect_images
 from convmae.errors import UserError, check_positive
 from convmae.tasks.detection.judge import DetectionQuality, Judge, print_quality
 from convmae.tasks.processes import gathered, process_loading, tracked
@@ -58,8 +59,9 @@ def evaluate(
     known = (network.settings["classes"], network.settings["category_ids"])
     if known != (source.classes, source.category_ids):
         raise UserError(f"{source.name} has other categories than the detector of {weights}: they cannot be compared")
+    source.findings = [*source.findings, *inspect_images(source, model.decoding).findings]
     if fabric.is_global_zero:
-        tell_findings(source, model.decoding)
+        tell_findings(source)
     damaged: list[str] = []
     judge = Judge(
         fabric,

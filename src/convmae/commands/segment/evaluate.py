@@ -8,6 +8,7 @@ from rich.console import Console
 from convmae.commands.frozen import checked_output, load_frozen_segmenter, report_damaged, tell_findings
 from convmae.commands.options import LimitOptions, spread
 from convmae.data.ade20k import calls_classes, find_ade20k, names_classes, open_segmentation, read_classes
+from convmae.data.inspection import inspect_images
 from convmae.errors import UserError, check_positive
 from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.models.segmenter import Segmenter
@@ -64,8 +65,9 @@ def evaluate(
     if reduce_zero_label is None:
         reduce_zero_label = network.settings["reduce_zero_label"]
     source = open_segmentation(*folders, network.classes, reduce_zero_label, skip_damaged)
+    source.findings = [*source.findings, *inspect_images(source, model.decoding).findings]
     if fabric.is_global_zero:
-        tell_findings(source, model.decoding)
+        tell_findings(source)
     damaged: list[str] = []
     judge = Judge(
         fabric,
