@@ -170,7 +170,7 @@ def test_warnings_that_a_user_cannot_act_on_are_silent(tmp_path, caplog, monkeyp
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if quiet:
-                cli._quiet_libraries()
+                cli.quiet_libraries()
             Image.open(tmp_path / "a.jpg").getexif()
             DataLoader([1], num_workers=os.cpu_count() + 1)
             CosineLRScheduler(torch.optim.SGD([torch.zeros(1)], lr=1.0), t_initial=1)

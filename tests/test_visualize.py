@@ -361,3 +361,14 @@ def test_names_are_drawn_in_a_font_that_has_their_letters(tmp_path, only_usual_f
 def test_latin_and_cyrillic_names_need_no_other_font(only_usual_fonts):
     assert visualize._fonts_for(frozenset("cat, Katze, кошка, γάτα")) == ((), frozenset())
     assert visualize._fonts_for(frozenset("a\n\t\u200b")) == ((), frozenset())
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1)])
+def test_thin_images_are_drawn(tmp_path, size):
+    image, labels = torch.full((3, *size), 0.5), torch.zeros(size, dtype=torch.uint8)
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, *size)}
+    detection_picture(tmp_path / "d.png", [[DrawnPicture(image, nothing, "")]], ["a"])
+    segmentation_picture(tmp_path / "s.png", [[SegmentedPicture(image, labels, "")]], ["a"])
+    for name in ("d.png", "s.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) >= 10

@@ -70,6 +70,9 @@ class Decoding:
     """Most pixels of an image; None: Pillow's limit."""
     padding: tuple[int, ...] | None = None
     """The value of each channel where an image is padded; None: the mean colour of ImageNet, or middle grey."""
+    announces: bool = False
+    """Whether the first image that is transparent, or far below the range of 16 bits, is logged: of streams, at which
+    nobody looks beforehand."""
 
     def __post_init__(self) -> None:
         if self.channels < 1:

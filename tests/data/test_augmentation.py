@@ -1,5 +1,6 @@
 """Augmented and plain batches of labelled pictures, against Pillow, torchvision and torch's own losses."""
 
+import io
 import random
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, Resize
 from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.v2 import functional
 
 from convmae.data.augmentation import (
     NO_AUGMENTATION,
@@ -21,6 +23,7 @@ from convmae.data.augmentation import (
     BatchAugmentation,
     CenterCrop,
 )
+from convmae.data.images import decode_image
 from convmae.data.labelled import open_labelled_images
 from convmae.data.loading import EvaluationImages, TrainingImages
 from convmae.errors import UserError
@@ -129,13 +132,13 @@ def test_grey_and_transparent_training_images(tmp_path):
     seen = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     for background, shown in (("white", seen), ("none", picture)):
         decoding = Decoding(1, background)
-        grey = training_images(source, WHOLE, decoding)[0, 0][0]["image"]
+        grey = training_images(source, WHOLE, decoding=decoding)[0, 0][0]["image"]
         assert grey.shape == (1, 8, 8)
         expected = pil_to_tensor(small(shown.convert("RGB")).convert("L"))
         assert (grey.int() - expected.int()).abs().max() <= 1
-    transparent = training_images(source, WHOLE, 4)[0, 0][0]["image"]
+    transparent = training_images(source, WHOLE, decoding=4)[0, 0][0]["image"]
     assert torch.equal(transparent, pil_to_tensor(small(picture)))
-    varied = training_images(source, AugmentationOptions(), 1)
+    varied = training_images(source, AugmentationOptions(), decoding=1)
     assert {varied[epoch, 0][0]["image"].shape for epoch in range(8)} == {(1, 8, 8)}
 
 
@@ -148,7 +151,7 @@ def test_impossible_options_are_refused(photographs):
         with pytest.raises(UserError, match=f"unknown policy auto_augment '{policy}'"):
             training_images(photographs, replace(usual, auto_augment=policy))
     with pytest.raises(UserError, match=r"--augmentation\.auto_augment null"):
-        training_images(photographs, usual, 4)
+        training_images(photographs, usual, decoding=4)
     with pytest.raises(UserError, match="in_channels cannot be 0"):
         training_images(photographs, decoding=0)
     with pytest.raises(UserError, match="in_channels cannot be 0"):
@@ -287,3 +290,64 @@ def test_random_erasing_replaces_a_rectangle_by_noise(probability, least, most):
         assert image[0].float().mean() < 0.4  # a third, rounded to whole rows and columns
     if probability:
         torch.testing.assert_close(images[erased].std(), torch.tensor(1.0), atol=0.05, rtol=0)
+
+
+# Bands, and images of unusual shapes
+
+
+def banded(size, bands=5):
+    file = io.BytesIO()
+    numpy.save(file, numpy.random.default_rng(0).integers(0, 256, (*size, bands), dtype=numpy.uint8))
+    file.seek(0)
+    return file
+
+
+def test_bands_are_cropped_and_mirrored_as_colours_are():
+    options = replace(AugmentationOptions(), crop_scale=(1.0, 1.0), flip=1.0)
+    (sample,) = Augmentation((8, 8), 5, options)(banded((8, 8)), 1, [0])
+    pixels = decode_image(banded((8, 8)), 5)
+    assert torch.equal(sample["image"], pixels.flip(2))
+    crop = CenterCrop((8, 8), 5)(banded((40, 32)))["image"]
+    colours = decode_image(banded((40, 32)), 5)[:3].permute(1, 2, 0)
+    file = io.BytesIO()
+    Image.fromarray(colours.numpy()).save(file, "PNG")
+    file.seek(0)
+    expected = CenterCrop((8, 8))(file)["image"]
+    assert (crop[:3].int() - expected.int()).abs().max() <= 1  # torch rounds otherwise than Pillow
+
+
+@pytest.mark.parametrize("size", [(400, 4), (4, 400)])
+@pytest.mark.parametrize("bands", [3, 5])
+def test_of_a_thin_image_the_ends_are_cut_off_before_it_is_resized(size, bands):
+    places = torch.arange(400)[:, None, None] + torch.arange(4)[None, :, None] + 2 * torch.arange(bands)
+    waves = (127 + 100 * torch.sin(places / 3)).to(torch.uint8)  # (400, 4, C), smooth
+    waves = waves if size[1] == 400 else waves.transpose(0, 1)
+    file = io.BytesIO()
+    numpy.save(file, waves.numpy())
+    file.seek(0)
+    found = CenterCrop((16, 16), bands, crop_pct=1.0)(file)["image"]
+    resized = functional.resize(
+        waves.permute(2, 0, 1).float(),
+        [4 * side for side in waves.shape[:2]],
+        InterpolationMode.BICUBIC,
+        antialias=True,
+    )
+    assert (found - functional.center_crop(resized, [16, 16])).abs().max() <= 2
+    assert found.float().std() > 20
+
+
+def test_a_thin_image_never_becomes_huge(monkeypatch, tmp_path):
+    sizes = []
+
+    def resize(image, size, *arguments, resize=Image.Image.resize, **options):
+        sizes.append(size)
+        return resize(image, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    for size in ((20000, 1), (1, 20000)):
+        file = io.BytesIO()
+        Image.new("RGB", size, (9, 8, 7)).save(file, "PNG")
+        file.seek(0)
+        image = CenterCrop((224, 224))(file)["image"]
+        assert image.flatten(1).unique(dim=1).squeeze(1).tolist() == [9, 8, 7]
+    assert max(width * height for width, height in sizes) <= 17 * 256 * 256

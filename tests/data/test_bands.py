@@ -177,6 +177,13 @@ def test_doubles_and_colours_of_floats_are_read_in_a_range():
             decoded(data, channels)
 
 
+def test_the_order_of_bytes_does_not_matter():
+    array = values((6, 5), 0, 65536)
+    expected = torch.from_numpy((array >> 8).astype(numpy.uint8))[None]
+    for data in (npy(array.astype(">u2")), npy(array), tiff(array, byteorder=">"), tiff(array, byteorder="<")):
+        assert torch.equal(decoded(data, 1), expected)
+
+
 def test_what_is_no_number_is_refused():
     array = values((6, 5), dtype=numpy.float32)
     array[2, 3] = numpy.nan

@@ -9,11 +9,12 @@ import torchvision
 from PIL import Image
 
 from convmae.data.device_decoding import DeferredCrop, DeviceDecoder, EncodedCrop, collate_encoded
-from convmae.data.images import RandomCrop
+from convmae.data.images import RandomCrop, UndecodableImageError
 from convmae.data.labelled import open_labelled_images
 from convmae.data.loading import Loading, build_training_loader
 from convmae.data.sources import open_files
 from convmae.errors import UserError
+from convmae.pixels import Decoding
 
 
 def photograph(seed, mode="RGB"):
@@ -87,6 +88,23 @@ def test_the_device_makes_the_same_batches(source, in_channels, aug_repeats, num
         differences = (result["images"].float() - expected["images"]).abs()
         assert differences.mean((1, 2, 3)).max() < 0.3
         assert differences.max() <= 4
+
+
+@pytest.mark.parametrize("background", ["black", "white", "none"])
+def test_the_background_and_the_largest_size_are_the_same(source, encoded, background):
+    transparent = photograph(9).convert("RGBA")
+    transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
+    file = encoded(transparent, "PNG").getvalue()
+    crop = RandomCrop((32, 32), Decoding(3, background))
+    (here,), (there,) = (transform(io.BytesIO(file), None, [4]) for transform in (crop, DeferredCrop(crop)))
+    assert torch.equal(here["image"], there["image"])
+    for expected, result, left_to_device in both(source, Decoding(3, background)):
+        assert left_to_device == 5
+        assert (result["images"].float() - expected["images"]).abs().max() <= 4
+    small = RandomCrop((32, 32), Decoding(max_pixels=10))
+    for transform in (small, DeferredCrop(small)):
+        with source.open(0) as plain, pytest.raises(UndecodableImageError, match="more than 10: raise --max-pixels"):
+            transform(plain, None, [0])
 
 
 def test_only_plain_files_travel_encoded(source):

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.v2 import functional
 
-from convmae.data.images import RandomCrop, UndecodableImageError, decode_image, without_ends
+from convmae.data.images import RandomCrop, UndecodableImageError, _log_once, decode_image, without_ends
 from convmae.errors import UserError
 from convmae.pixels import Decoding
 
@@ -251,6 +251,25 @@ def test_the_largest_size_holds_for_one_decoding_alone(monkeypatch):
         decode_image(io.BytesIO(data))
     assert decode_image(io.BytesIO(data), Decoding(max_pixels=320)).shape == (3, 16, 20)
     assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_of_streams_the_first_such_image_is_logged_once(caplog):
+    announcing = Decoding(3, "black", announces=True)
+    transparent, dim = encoded(_half_seen("RGBA")), encoded(Image.fromarray(numpy.full((4, 5), 4095, numpy.uint16)))
+    _log_once.cache_clear()
+    with caplog.at_level("WARNING", "convmae"):
+        for data in (encoded(plain(9)), encoded(plain(9).convert("RGBA"))):
+            decode_image(io.BytesIO(data), announcing)
+        assert not caplog.messages
+        for data in (transparent, dim, transparent, dim):
+            decode_image(io.BytesIO(data), Decoding(3, "black"))
+            assert len(caplog.messages) == 0
+        for data in (transparent, dim, transparent, dim):
+            decode_image(io.BytesIO(data), announcing)
+    assert caplog.messages == [
+        "images are transparent in part: the background is black (--background)",
+        "images of 16 bits are far below their range: give that of your data, such as --pixel-range 0,4095",
+    ]
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([1.0, 2.5, 16.0]))

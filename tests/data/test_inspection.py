@@ -119,6 +119,9 @@ def test_data_that_no_model_of_so_many_channels_takes_stop(tmp_path):
 
 
 def test_an_unknown_range_stops(tmp_path):
+    write(tmp_path / "other", "a.npy", noise((8, 9), 4000, numpy.uint32))
+    with pytest.raises(UserError, match="32-bit pixels of the type uint32 have no known range"):
+        look(tmp_path / "other")
     write(tmp_path / "data", "a.tif", noise((8, 9), 4000, numpy.float32), photometric="minisblack")
     with pytest.raises(UserError, match="no known range: give it with --pixel-range"):
         look(tmp_path / "data")

@@ -46,14 +46,15 @@ def settle_pixels(
         if not hasattr(network.encoder, "use_pixels"):
             raise UserError("this encoder is none of ours and tells by itself what pixels are: leave these options out")
         network.encoder.use_pixels(pixels)
-    decoding = decoding_of(network, options.max_pixels)
+    streamed = any(isinstance(source, ImageStream) for source in sources)
+    decoding = replace(decoding_of(network, options.max_pixels), announces=streamed)
     for place, source in enumerate(sources):
         inspection = inspect_images(source, decoding)
         found = list(inspection.findings)
         if place == 0 and pixels.mean is None and inspection.mean is not None and decoding.channels != 3:
             pixels = replace(pixels, mean=inspection.mean, std=inspection.std)
             network.encoder.use_pixels(pixels)
-            decoding = decoding_of(network, options.max_pixels)
+            decoding = replace(decoding_of(network, options.max_pixels), announces=streamed)
             found.append(_measured(pixels))
         source.findings = [*source.findings, *found]
     return decoding

@@ -56,6 +56,7 @@ def scaled(values: numpy.ndarray, pixel_range: tuple[float, float] | None) -> nu
     pixel_range: of values of more than 8 bits; those of 8 bits stay. Without one, of 16 bits the high byte is taken.
     Raises UnfitPixelsError for values of unknown range, ValueError for some that are no numbers.
     """
+    values = native(values)
     if values.dtype == numpy.uint8:
         return values
     if values.dtype == bool:
@@ -74,6 +75,11 @@ def scaled(values: numpy.ndarray, pixel_range: tuple[float, float] | None) -> nu
     wide = numpy.float64 if values.dtype.itemsize > 2 else numpy.float32
     steps: numpy.ndarray = numpy.subtract(values, low, dtype=wide) * wide(255 / (high - low))
     return numpy.rint(steps.clip(0, 255)).astype(numpy.uint8)
+
+
+def native(values: numpy.ndarray) -> numpy.ndarray:
+    """The same values in the machine's order of bytes, by which types are compared."""
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def as_image(numbers: Numbers, pixel_range: tuple[float, float] | None) -> Image.Image:

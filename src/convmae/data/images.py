@@ -16,6 +16,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import BinaryIO, NamedTuple
 
 import numpy
@@ -24,6 +25,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torch.utils.data import get_worker_info
 from torchvision.transforms.v2 import functional
 
 from convmae.data.bands import (
@@ -45,6 +47,9 @@ _COLOUR_SPACES = {"L": "GRAY", "RGB": "RGB", "RGBA": "RGBA"}  # simplejpeg's nam
 # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the crop's sides keep this many times image_size.
 _REDUCING_GAP = 2.0
 _ASPECT_RATIOS = (3 / 4, 4 / 3)  # of crops, width / height
+
+FAR_BELOW_16_BITS = 2**14
+"""Images of 16 bits without a value so large use too little of their range to be read whole."""
 
 _logger = logging.getLogger(__name__)
 
@@ -297,7 +302,9 @@ def _converted(image: Image.Image, decoding: Decoding) -> Image.Image:
     """The image in Pillow's mode L, RGB or RGBA; raises ValueError where its numbers have no known range."""
     mode = _MODES[decoding.channels]
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _scaled_grey(image, decoding.pixel_range)
+        image = _scaled_grey(image, decoding)
+    if decoding.announces and mode != "RGBA" and is_transparent(image):
+        _say_once(f"images are transparent in part: the background is {decoding.background} (--background)")
     if decoding.background != "none" and mode != "RGBA" and image.has_transparency_data:
         return _composited(image.convert("RGBA"), decoding.background).convert(mode)
     if image.mode == "P" and "transparency" in image.info:
@@ -305,11 +312,27 @@ def _converted(image: Image.Image, decoding: Decoding) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _scaled_grey(image: Image.Image, pixel_range: tuple[float, float] | None) -> Image.Image:
+def _say_once(message: str) -> None:
+    """Log a message, once and by one of the loading processes."""
+    worker = get_worker_info()
+    if worker is None or worker.id == 0:
+        _log_once(message)
+
+
+@cache
+def _log_once(message: str) -> None:
+    _logger.warning(message)
+
+
+def _scaled_grey(image: Image.Image, decoding: Decoding) -> Image.Image:
     """A grey image of 16 or 32 bits as one of 8, with alpha where the file calls one value transparent."""
-    values = numpy.asarray(image)
+    values, pixel_range = numpy.asarray(image), decoding.pixel_range
     if image.mode.startswith("I;16"):
         values = values.astype(numpy.uint16)  # of whatever byte order
+        if decoding.announces and pixel_range is None and values.max(initial=0) < FAR_BELOW_16_BITS:
+            _say_once(
+                "images of 16 bits are far below their range: give that of your data, such as --pixel-range 0,4095"
+            )
     elif pixel_range is None:
         raise UnfitPixelsError(
             "32-bit pixels have no known range: give it with --pixel-range LOW,HIGH, or convert the file to 8 or 16 "

@@ -10,8 +10,14 @@ from dataclasses import dataclass
 import numpy
 from PIL import Image
 
-from convmae.data.bands import UnfitPixelsError, pages_of_tiff, read_numbers, scaled
-from convmae.data.images import UndecodableImageError, is_transparent, opened, undecodable_if_damaged
+from convmae.data.bands import UnfitPixelsError, native, pages_of_tiff, read_numbers, scaled
+from convmae.data.images import (
+    FAR_BELOW_16_BITS,
+    UndecodableImageError,
+    is_transparent,
+    opened,
+    undecodable_if_damaged,
+)
 from convmae.data.sources import ImageCollection, ImageStream
 from convmae.errors import UserError
 from convmae.findings import Finding
@@ -20,8 +26,6 @@ from convmae.pixels import Decoding
 _HEADERS = 256  # images whose headers are read
 _DECODED = 64  # of these, the most that are decoded
 _STATISTICS = 4096  # pixels of an image that its means count, about
-_FULL_RANGE = 65535  # of 16 bits
-_FAR_BELOW = 1 / 4  # of the full range
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,12 @@ class _Seen:
         return True
 
     def _look_at_numbers(self, name: str, values: numpy.ndarray, colours: bool) -> None:
-        decoding = self._decoding
+        decoding, values = self._decoding, native(values)
         few = values.dtype.itemsize == 1
         self._fits(name, few and decoding.pixel_range is not None)
         low, high = float(values.min()), float(values.max())
         if not few:
-            if decoding.pixel_range is None and values.dtype.kind != "u":
+            if decoding.pixel_range is None and values.dtype != numpy.uint16:
                 self.fit -= 1
                 scaled(values[:1], None)  # tells that the range is unknown
             self._ranges[name] = (low, high)
@@ -171,7 +175,7 @@ class _Seen:
         elif self._ranges:
             low = min(least for least, _ in self._ranges.values())
             high = max(most for _, most in self._ranges.values())
-            if high < _FAR_BELOW * _FULL_RANGE:
+            if high < FAR_BELOW_16_BITS:
                 items = [f"{name} ({least:g} to {most:g})" for name, (least, most) in self._ranges.items()]
                 range_of = f"16 bits, from {low:g} to {high:g}, of which {int(high) // 256 + 1} of 256 levels remain"
                 cure = f"give the range of your data, such as --pixel-range 0,{_next_power(high):g}"

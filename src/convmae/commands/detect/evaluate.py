@@ -9,6 +9,7 @@ from rich.console import Console
 from convmae.commands.frozen import checked_output, load_frozen_detector, report_damaged, tell_findings
 from convmae.commands.options import LimitOptions, spread
 from convmae.data.coco import find_coco, open_coco
+from convmae.data.inspection import inspect_images
 from convmae.errors import UserError, check_positive
 from convmae.tasks.detection.judge import DetectionQuality, Judge, print_quality
 from convmae.tasks.processes import gathered, process_loading, tracked
@@ -66,8 +67,9 @@ def evaluate(
     if not (classes and category_ids):
         raise UserError(f"the detector of {weights} does not tell its categories: it cannot be judged on {source.name}")
     source = source.with_categories(classes, category_ids, f"the detector of {weights}")
+    source.findings = [*source.findings, *inspect_images(source, model.decoding).findings]
     if fabric.is_global_zero:
-        tell_findings(source, model.decoding)
+        tell_findings(source)
     damaged: list[str] = []
     judge = Judge(
         fabric,

@@ -9,6 +9,7 @@ from convmae.commands.frozen import checked_output, load_frozen_segmenter, repor
 from convmae.commands.options import LimitOptions, spread
 from convmae.commands.segment.label_maps import LabelMapOptions, evaluation_encoding
 from convmae.data.ade20k import calls_classes, find_ade20k, names_classes, open_segmentation, read_classes
+from convmae.data.inspection import inspect_images
 from convmae.errors import UserError, check_positive
 from convmae.evaluation.segmentation import SegmentationQuality
 from convmae.models.segmenter import Segmenter
@@ -68,11 +69,12 @@ def evaluate(
     source = open_segmentation(
         *folders, network.classes, encoding, skip_damaged, label_maps.image_suffix, label_maps.label_suffix
     )
+    source.findings = [*source.findings, *inspect_images(source, model.decoding).findings]
     loading = process_loading(fabric, engine, batch_size, skip_damaged)
     inferred = Inference(inference, network, batch_size, model.decoding)
     check_evaluation(fabric, source, loading)
     if fabric.is_global_zero:
-        tell_findings(source, model.decoding)
+        tell_findings(source)
     damaged: list[str] = []
     judge = Judge(
         fabric,
