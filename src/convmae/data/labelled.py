@@ -121,8 +121,8 @@ def compare_splits(training: ImageCollection | ImageStream, validation: ImageCol
     missing = [name for name, count in zip(training.classes, counts.tolist(), strict=True) if not count]
     if missing:
         have = "has" if len(missing) == 1 else "have"
-        text = f"{len(missing)} of {len(training.classes)} classes {have} no validation image and no figure, such as {missing[0]}"
-        validation.findings.append(listed(text, missing))
+        text = f"{len(missing)} of {len(training.classes)} classes {have} no validation image and no figure"
+        validation.findings.append(listed(f"{text}, such as {missing[0]}", missing))
     if isinstance(training, ImageCollection):
         validation.findings += repeated_images(training, validation)
 
