@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 
 from convmae.commands.frozen import tell_findings
 from convmae.data.images import decode_image
+from convmae.data.lists import is_list
 from convmae.data.sources import ImageCollection, open_files, open_images
 from convmae.errors import UserError
 from convmae.kinds import load
@@ -40,7 +41,7 @@ def reconstruct(
 
     Args:
         weights: a run's folder, a checkpoint or a weights file, ours or published.
-        images: an image, a folder of images, or demo.
+        images: an image, a folder of images, a list of them (.txt, .csv), or demo.
         output: the picture, PNG.
         count: at most so many images, spread over the folder.
         image_size: side of a square centre crop; by default each image keeps its shape, rounded to multiples of 16.
@@ -93,7 +94,7 @@ def reconstruct(
 
 def _choose(images: str, count: int) -> list[tuple[str, Callable[[int], Tensor]]]:
     """Name and reader (channels -> uint8 (C, H, W)) of at most `count` images, spread evenly."""
-    if Path(images).is_file():
+    if Path(images).is_file() and not is_list(Path(images)):
         return [(images, partial(_decode, open_files(str(images), [str(images)]), 0))]
     source = open_images(images)
     if not isinstance(source, ImageCollection):
