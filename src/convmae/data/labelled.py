@@ -115,7 +115,8 @@ def compare_splits(training: ImageCollection | ImageStream, validation: ImageCol
     """
     if not isinstance(validation, ImageCollection) or validation.labels is None:
         return
-    counts = _images_of_classes(validation, validation.labels)
+    counts = numpy.zeros(len(training.classes), dtype=numpy.int64)  # the other split may know the first of them only
+    counts[: len(validation.classes)] = _images_of_classes(validation, validation.labels)
     if not counts.any():
         raise UserError(f"{validation.name} has no image of any class, so no figure can be given: add some")
     missing = [name for name, count in zip(training.classes, counts.tolist(), strict=True) if not count]
