@@ -7,7 +7,7 @@ _LOGGERS = ("PIL", "timm.data", "timm.scheduler", "webdataset", "datasets", "fss
 
 
 def quiet_libraries(worker: int = 0) -> None:
-    """Silence what Pillow (EXIF, TIFF tags, palettes, large images), readers of data sets and others say, in this process.
+    """Silence what Pillow (EXIF, TIFF tags, palettes, large images) and readers of data sets say, in this process.
 
     worker: number of a loading process, which torch tells and which is not needed.
     """

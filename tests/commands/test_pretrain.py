@@ -217,7 +217,7 @@ def test_damaged_images_are_skipped_counted_and_listed(photos, tmp_path, capsys,
     assert "3.png" in "".join(listed)
     assert "7.png" in "".join(listed)
     printed = " ".join(capsys.readouterr().err.split())
-    assert "of the images cannot be decoded: see" in printed  # 2 of 12: far more than a few percent
+    assert "of the images cannot be decoded or used: see" in printed  # 2 of 12: far more than a few percent
     assert "images that could not be decoded │ 2" in printed
 
 

@@ -102,3 +102,9 @@ def test_mistakes_are_one_line(checkpoint, photos, tmp_path):
             call()
         assert "\n" not in str(error.value)
         assert not out.exists()
+
+
+def test_a_list_of_images(checkpoint, photos, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("photos/0.png\nphotos/2.png\n")
+    reconstruct(checkpoint, str(tmp_path / "list.txt"), tmp_path / "r.png")
+    assert "2 reconstructions" in capsys.readouterr().out

@@ -262,6 +262,20 @@ def test_targets_are_mixed_as_the_pixels_are(mixup, cutmix, smoothing):
     assert len(set(shares)) > 6
 
 
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.8}])
+def test_targets_where_images_are_of_several_classes(mixing):
+    """Smoothing takes each class towards a half; two images that are mixed have the weighted mean of their classes."""
+    options = replace(NO_AUGMENTATION, label_smoothing=0.2, **mixing)
+    labels = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    images = torch.stack([torch.full((1, 4, 4), value) for value in (0.0, 1.0)])
+    vary = BatchAugmentation(options, 3, torch.device("cpu"), multi_label=True)
+    mixed, targets = vary(images.clone(), labels, 3)
+    share = mixed[:, 0, 0, 0]  # of the second image
+    smooth = 0.8 * labels + 0.1
+    torch.testing.assert_close(targets, (1 - share)[:, None] * smooth[0] + share[:, None] * smooth[1])
+    assert (0 < share[0] < 1) == bool(mixing)
+
+
 def test_a_batch_depends_on_its_seeds_only():
     vary = batch_augmentation(mixup=0.8, cutmix=1.0, random_erasing=0.5)
     states = random_states()

@@ -30,4 +30,4 @@ def test_only_more_than_a_few_percent_are_worth_a_warning(tmp_path):
     assert early.warning() is None
     assert listed.warning() is None
     assert listed.count == 40
-    assert "4% of the images cannot be decoded" in many.warning()
+    assert "4% of the images cannot be decoded or used: see" in many.warning()

@@ -132,6 +132,13 @@ def test_neither_runs_nor_leftovers_are_classes(fill):
     ]
 
 
+def test_a_run_in_the_folder_of_classes_adds_none(fill):
+    folder = fill("train/ant/1.png", "train/bee/1.png", *(f"train/{name}" for name in RUN))
+    source = open_labelled_images(folder, "train")
+    assert (source.classes, len(source)) == (["ant", "bee"], 2)
+    assert summaries(source)[0].startswith("2 images drawn by training runs in this folder are left out")
+
+
 def test_classes_that_differ_in_case_alone(fill):
     folder = fill("train/Ant/1.png", "train/ant/1.png", "train/bee/1.png", "val/Bee/1.png")
     source = open_labelled_images(folder, "train")

@@ -38,7 +38,8 @@ def test_a_share_of_each_class_is_held_out(folder):
             assert file.read().decode().split()[0] == part.classes[label]
     assert names(hold_out(source, 0.2, seed=0)[1]) == names(validation)
     assert names(hold_out(source, 0.2, seed=1)[1]) != names(validation)
-    assert validation.findings[0].summary == f"11 of 53 images are held out for validation, listed in {HELD_OUT_FILE}"
+    expected = f"11 of 53 images are held out for validation, listed in {HELD_OUT_FILE} of the run's folder"
+    assert validation.findings[0].summary == expected
 
 
 def test_a_resumed_run_holds_the_same_images_out_of_grown_data(folder, tmp_path):

@@ -456,6 +456,17 @@ def test_shards_are_found_by_the_split_in_their_names(shards):
     assert contents(collection) == [("bee", 12)]
 
 
+def test_a_split_of_shards_with_fewer_classes_is_compared(shards):
+    training = open_labelled_images(f"wds/{shards}", "train")
+    validation = open_labelled_images(f"wds/{shards}", "val", training.classes)
+    assert validation.classes == ["0", "1"]
+    labelled.compare_splits(training, validation)
+    assert [finding.summary for finding in validation.findings] == [
+        "2 of 3 classes have no validation image and no figure, such as 0"
+    ]
+    assert validation.findings[0].items == ["0", "2"]
+
+
 def test_shards_may_lie_in_folders_of_their_split(tmp_path):
     write_shard(tmp_path / "train" / "0.tar", (1, 0), (11, 1))
     assert contents(open_labelled_images(f"wds/{tmp_path}", "train")) == [("0", 1), ("1", 11)]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -510,9 +511,11 @@ def test_nothing_but_damaged_pictures_in_a_stream(columns):
 @pytest.mark.parametrize("prefix", ["hfds", "hfids"])
 @pytest.mark.parametrize("label", [None, -1])
 def test_pictures_without_a_class_are_refused(columns, prefix, label):
-    source = open_labelled_images(f"{prefix}/{columns(labels={6: label})}", "train")
-    with pytest.raises(UserError, match=rf"\(train\) has images without a class \(number {label}\): choose"):
-        list(evaluation_loader(source))
+    """By index before any picture is read, of a stream when it comes to the picture."""
+    data = f"{prefix}/{columns(labels={6: label})}"
+    told = "1 image without a class (number -1)" if prefix == "hfds" else f"images without a class (number {label})"
+    with pytest.raises(UserError, match=rf"\(train\) has {re.escape(told)}: choose"):
+        list(evaluation_loader(open_labelled_images(data, "train")))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

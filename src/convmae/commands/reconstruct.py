@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import center_crop, crop, resize
 from convmae.commands.frozen import tell_findings
 from convmae.commands.options import LimitOptions, spread
 from convmae.data.images import decode_image, without_ends
+from convmae.data.lists import is_list
 from convmae.data.sources import ImageCollection, open_files, open_images
 from convmae.errors import UserError, check_local
 from convmae.kinds import load
@@ -46,7 +47,7 @@ def reconstruct(
 
     Args:
         weights: a run's folder, a checkpoint or a weights file, ours or published.
-        images: an image, a folder of images, or demo.
+        images: an image, a folder of images, a list of them (.txt, .csv), or demo.
         output: the picture, PNG.
         count: at most so many images, spread over the folder.
         image_size: side of a square centre crop; by default each image keeps its shape, rounded to multiples of 16.
@@ -102,7 +103,7 @@ def reconstruct(
 def _choose(images: str, count: int, decoding: Decoding) -> list[tuple[str, Callable[[Decoding], Tensor]]]:
     """Name and reader (decoding -> uint8 (C, H, W)) of at most `count` images, spread evenly."""
     check_local("images", images)
-    if Path(images).is_file():
+    if Path(images).is_file() and not is_list(Path(images)):
         single = open_files(str(images), [str(images)])
         tell_findings(single, decoding)
         return [(images, partial(_decode, single, 0))]

@@ -41,4 +41,4 @@ class DecodingFailures:
         seen = self._decoded + self._failed
         if seen < _ENOUGH or self._failed <= _MANY * seen:
             return None
-        return f"{100 * self._failed / seen:.0f}% of the images cannot be decoded: see {self.path}"
+        return f"{100 * self._failed / seen:.0f}% of the images cannot be decoded or used: see {self.path}"

@@ -50,7 +50,10 @@ _LEFT_BEHIND = {
 
 # What a run writes into its folder that may look like data.
 _RUN_FOLDERS = {"reconstructions", "checkpoints", "best", "tensorboard"}
-_RUN_PICTURES = {"loss.png", "confusion.png", "detections.png", "segmentation.png"}
+_RUN_FILES = {
+    *("loss.png", "confusion.png", "detections.png", "segmentation.png", "per-class.csv"),
+    *("config.yaml", "metrics.jsonl", "data-report.txt", "undecodable-images.txt", "validation-images.txt"),
+}
 
 # Why images are left out, in the words of a finding.
 _HIDDEN = "in hidden files and folders, as systems and tools leave them,"
@@ -85,14 +88,15 @@ def is_run(files: Sequence[str], folders: Sequence[str]) -> bool:
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, without those that tools left and those that hold a run."""
-    found = []
-    for path in folder.iterdir():
-        if path.is_dir() and not is_left_behind(path.name):
-            inside = [entry.name for entry in path.iterdir()] if (path / "config.yaml").is_file() else []
-            if not is_run(inside, inside):
-                found.append(path.name)
-    return sorted(found)
+    """Names of the folders in a folder, sorted, without those that tools left and those of runs."""
+
+    def holds_run(path: Path) -> bool:
+        names = [entry.name for entry in path.iterdir()] if (path / "config.yaml").is_file() else []
+        return is_run(names, names)
+
+    of_run = _RUN_FOLDERS if holds_run(folder) else set()
+    paths = [path for path in folder.iterdir() if path.is_dir() and not is_left_behind(path.name)]
+    return sorted(path.name for path in paths if path.name not in of_run and not holds_run(path))
 
 
 def image_files(folder: str | Path, extensions: Sequence[str] = EXTENSIONS, in_classes: bool = False) -> FolderImages:
@@ -129,7 +133,7 @@ def image_files(folder: str | Path, extensions: Sequence[str] = EXTENSIONS, in_c
         for name in files:
             path = os.path.join(inside, name)  # noqa: PTH118
             why = reason or (_HIDDEN if is_left_behind(name) else None)
-            why = why or (_OF_RUNS if run_itself and name in _RUN_PICTURES else None)
+            why = why or (_OF_RUNS if run_itself and name in _RUN_FILES else None)
             if is_image_name(name, extensions):
                 why = why or (_OUTSIDE if in_classes and not inside else None)
                 (found if why is None else left_out[why]).append(path)

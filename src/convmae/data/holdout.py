@@ -49,7 +49,8 @@ def hold_out(
     rest = [index for index in range(len(source)) if index not in chosen]
     training, validation = source.select(source.name, rest), source.select(f"{source.name}, held out", held_out)
     training.findings = list(source.findings)
-    text = f"{len(held_out)} of {counted(len(source), 'image')} are held out for validation, listed in {HELD_OUT_FILE}"
+    shares = f"{len(held_out)} of {counted(len(source), 'image')} {'is' if len(held_out) == 1 else 'are'} held out"
+    text = f"{shares} for validation, listed in {HELD_OUT_FILE} of the run's folder"
     validation.findings.append(Finding(text))
     return training, validation
 

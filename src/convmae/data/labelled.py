@@ -115,14 +115,15 @@ def compare_splits(training: ImageCollection | ImageStream, validation: ImageCol
     """
     if not isinstance(validation, ImageCollection) or validation.labels is None:
         return
-    counts = _images_of_classes(validation, validation.labels)
+    counts = numpy.zeros(len(training.classes), dtype=numpy.int64)  # the other split may know the first of them only
+    counts[: len(validation.classes)] = _images_of_classes(validation, validation.labels)
     if not counts.any():
         raise UserError(f"{validation.name} has no image of any class, so no figure can be given: add some")
     missing = [name for name, count in zip(training.classes, counts.tolist(), strict=True) if not count]
     if missing:
         have = "has" if len(missing) == 1 else "have"
-        text = f"{len(missing)} of {len(training.classes)} classes {have} no validation image and no figure, such as {missing[0]}"
-        validation.findings.append(listed(text, missing))
+        text = f"{len(missing)} of {len(training.classes)} classes {have} no validation image and no figure"
+        validation.findings.append(listed(f"{text}, such as {missing[0]}", missing))
     if isinstance(training, ImageCollection):
         validation.findings += repeated_images(training, validation)
 
