@@ -228,6 +228,15 @@ def test_a_segmenter_in_published_form_keeps_its_classes(tmp_path, reduced):
     assert convmae.load(tmp_path / "s.pth").settings == model.settings
 
 
+def test_a_segmenter_in_published_form_keeps_what_its_label_maps_mean(tmp_path):
+    encoding = {"values": [0, 255], "ignored": [], "colours": None, "by_colour": False}
+    settings = {"classes": ["sky", "sea"], "num_classes": 2, "label_encoding": encoding}
+    model = convmae.create_segmenter("tiny", image_size=(64, 64), **settings)
+    weights.save_published(tmp_path / "s.pth", model.state_dict(), model.settings)
+    assert convmae.load(tmp_path / "s.pth").settings == model.settings
+    assert "label_encoding" not in convmae.load(tmp_path / "s.pth", num_classes=3, classes=None).settings
+
+
 def test_a_segmenter_is_written_as_mmsegmentation_reads_it(tmp_path):
     """mmcv's load_checkpoint looks under "state_dict", and takes what it does not know for no error."""
     model = convmae.create_segmenter("tiny", image_size=(64, 64), num_classes=3, head_width=16)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from convmae.data.scenes import write_scenes
+from convmae.errors import UserError
 from convmae.tasks import processes
 from convmae.training.engine import DeviceOptions, start_engine
 
@@ -75,6 +76,24 @@ def test_what_others_found_comes_in_their_order(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", from_two)
     assert processes.gathered(one_of(2), ["a", "b"]) == ["a", "b", "c"]
+
+
+def test_the_first_process_finds_and_all_know_or_stop():
+    """Broadcasting is between processes; here a list stands for it."""
+    wire = []
+
+    def process(rank):
+        return SimpleNamespace(
+            is_global_zero=rank == 0, broadcast=lambda found: wire.append(found) or found if rank == 0 else wire[-1]
+        )
+
+    def refuse():
+        raise UserError("check the data")
+
+    assert [processes.from_first(process(rank), lambda: rank) for rank in (0, 1)] == [0, 0]  # noqa: B023
+    for rank, find in ((0, refuse), (1, None)):
+        with pytest.raises(UserError, match="check the data"):
+            processes.from_first(process(rank), find)
 
 
 def test_progress_leaves_the_results_as_they_are(capsys):

@@ -114,23 +114,26 @@ def findings_of(source: SegmentationImages, found: LabelSurvey) -> list[Finding]
 
 def too_few_classes(source: SegmentationImages, found: LabelSurvey) -> UserError:
     """The error that says that fewer than two classes have pixels, and the likely cure."""
-    classes, present = source.classes, found.present
-    have = f"only {classes[present[0]]} has" if present else "none has"
-    encoding = source.encoding
-    cure = "check the label maps and --classes"
+    have = f"only {source.classes[found.present[0]]} has" if found.present else "none has"
+    return UserError(
+        f"of the {len(source.classes)} classes {have} a pixel in the {len(source)} label map"
+        f"{'' if len(source) == 1 else 's'} of {source.name}, so nothing can be learned: {likely_cure(source, found)}"
+    )
+
+
+def likely_cure(source: SegmentationImages, found: LabelSurvey) -> str:
+    """What is to be done where fewer than two classes have pixels, as far as the pixels that count nowhere tell."""
+    classes, present, encoding = source.classes, found.present, source.encoding
     occurring = sorted({encoding.values[label] for label in present} | found.ignored.keys())
     if found.ignored[0] and encoding.reduce_zero_label:
-        cure = f"{found.ignored[0]:,} pixels of 0 count nowhere, leave out --reduce-zero-label if 0 is a class"
-    elif found.ignored[IGNORED] and not encoding.by_colour:
+        return f"{found.ignored[0]:,} pixels of 0 count nowhere, leave out --reduce-zero-label if 0 is a class"
+    if found.ignored[IGNORED] and not encoding.by_colour:
         values = occurring if len(occurring) == len(classes) else [*encoding.values[:-1], IGNORED]
-        cure = (
+        return (
             f"{found.ignored[IGNORED]:,} pixels of {IGNORED} count nowhere, say --label-values "
             f"[{','.join(map(str, values))}] if {IGNORED} is a class"
         )
-    return UserError(
-        f"of the {len(classes)} classes {have} a pixel in the {len(source)} label map{'' if len(source) == 1 else 's'} "
-        f"of {source.name}, so nothing can be learned: {cure}"
-    )
+    return "check the label maps and --classes"
 
 
 def cache_folder() -> Path:

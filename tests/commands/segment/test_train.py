@@ -233,11 +233,13 @@ def test_what_is_missing_or_broken_is_left_out_and_listed(
     assert not (tmp_path / "run").exists()
     run = small_segmentation(copied, tmp_path / "run", segmenter_file, epochs=1, skip_damaged=True)
     report = (run.folder / "data-report.txt").read_text().splitlines()
-    partnerless = [line.strip() for line in report if line.startswith("    ")]
-    assert len(partnerless) == 2
-    assert_listed(expected, partnerless + (run.folder / "undecodable-images.txt").read_text().splitlines())
+    named = [line.strip() for line in report if line.startswith(f"    {copied}") and "the same as" not in line]
+    assert_listed(expected, named)
+    damaged = (run.folder / "undecodable-images.txt").read_text().splitlines()
+    assert_listed([one for one in expected if "label map" not in one[1] and one[1] != "has no image"], damaged)
     assert run.quality.confusion.sum() == (6 - 3) * (64, 96)[0] * (64, 96)[1]
     printed = " ".join(capsys.readouterr().err.split())
+    assert "left out 5 images that cannot be used" in printed
     assert "left out 1 images without a label map" in printed
     assert "left out 1 label maps without an image" in printed
     assert f"images that could not be used │ {len(expected) - 2}" in printed

@@ -87,6 +87,15 @@ def test_one_class_stops_a_training_whatever_is_left_out(opened, fabric, skip):
     assert training.findings == validation.findings == []
 
 
+def test_an_evaluation_on_one_class_says_what_may_be_wrong(opened, fabric):
+    source = opened("val", maps((0, 255), (0, 0)), classes=CLASSES[:2])
+    check_evaluation(fabric, source, STRICT)
+    assert summaries(source) == [
+        "1 of the 2 classes has no pixel, so it is not judged: tree (160 pixels of 255 count nowhere, say "
+        "--label-values [0,255] if 255 is a class)"
+    ]
+
+
 def test_a_validation_that_cannot_judge_stops_before_the_training(opened, fabric):
     training = opened("train", maps((0, 1), (2, 1)))
     validation = opened("val", maps((255, 255)), first=10)

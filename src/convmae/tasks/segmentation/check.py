@@ -12,6 +12,7 @@ from convmae.data.label_survey import (
     LabelSurvey,
     absent_classes,
     findings_of,
+    likely_cure,
     named,
     survey,
     too_few_classes,
@@ -72,7 +73,7 @@ def _surveyed(fabric: Fabric, source: SegmentationImages, loading: Loading) -> L
         return survey(source, loading.num_workers, progress)
 
     def progress(pairs: Iterator[Any]) -> Iterable[Any]:
-        return tracked(fabric, pairs, len(source) * fabric.world_size, f"checking label maps of {source.name}")
+        return tracked(fabric, pairs, len(source) * fabric.world_size, "checking label maps")
 
     found = from_first(fabric, look)
     if found.faults and not loading.skip_damaged:
@@ -102,4 +103,7 @@ def _faults(found: LabelSurvey) -> list[Finding]:
 def _add_absent(source: SegmentationImages, found: LabelSurvey) -> None:
     if absent := [label for label in range(len(source.classes)) if label not in found.present]:
         what = f"so {'it is' if len(absent) == 1 else 'they are'} not judged"
-        source.findings.append(Finding(absent_classes(source.classes, absent, what), found.counts(source.classes)))
+        summary = absent_classes(source.classes, absent, what)
+        if len(found.present) < 2:
+            summary += f" ({likely_cure(source, found)})"
+        source.findings.append(Finding(summary, found.counts(source.classes)))
