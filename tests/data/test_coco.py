@@ -759,10 +759,12 @@ def test_a_file_with_some_of_the_categories_takes_the_classes_of_all(coco):
 def test_categories_of_other_ids_are_known_by_their_names_and_keep_their_ids(coco):
     categories = [{"id": 90, "name": "cat"}, {"id": "b", "name": "brush"}]
     source = coco([entry(1, category_id=90), entry(2, 9, category_id="b")], categories=categories)
-    whole = source.with_categories(["cat", "dog", "brush"], [2, 7, 90], "training.json")
+    whole = source.with_categories(["cat", "dog", "brush"], [2, 7, 90], "{a}/training.json")
     assert whole.category_ids == [90, 7, "b"]
     assert [whole.annotation(index).labels for index in (0, 2)] == [(1,), (3,)]
-    assert summaries_of(whole)[0] == ("2 categories have other ids than in training.json, and are known by their names")
+    (renumbered, _) = whole.findings  # then comes the class without an object
+    assert renumbered.summary == ("2 categories have other ids than in {a}/training.json, and are known by their names")
+    assert renumbered.items == ["'cat': id 90, there 2", "'brush': id 'b', there 90"]
     exchanged = coco([entry(1, category_id=90)], categories=[{"id": 90, "name": "cat"}])
     with pytest.raises(UserError, match=r"other categories than training\.json, the first is 'cat': id 90, there 2"):
         exchanged.with_categories(["cat", "brush"], [2, 90], "training.json")

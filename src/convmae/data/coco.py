@@ -381,8 +381,8 @@ def open_coco(
         ),
         (
             [f"{path}: {count} times" for path, count in repeated.items() if count > 1],
-            "{} file is listed under several image ids, so that what one of them says is wrong of the others",
-            "{} files are listed under several image ids, so that what one of them says is wrong of the others",
+            "{} file is listed under several image ids, whose objects are background to each other: give it one",
+            "{} files are listed under several image ids, whose objects are background to each other: give each one",
         ),
         (
             told(twice),
@@ -534,7 +534,8 @@ def _with_pixels(read: ReadObjects, found: coco_checks.Geometry, masks: bool, to
 def _findings(*found: tuple[Any, ...]) -> list[Finding]:
     """A finding for each list that is not empty, whose length its summary tells: of one, of several, or of any."""
     return [
-        Finding((summaries[0] if len(items) == 1 else summaries[-1]).format(len(items)), items)
+        # Not by str.format: names in a summary may have braces.
+        Finding((summaries[0] if len(items) == 1 else summaries[-1]).replace("{}", str(len(items)), 1), items)
         for items, *summaries in found
         if items
     ]
