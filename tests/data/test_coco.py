@@ -625,6 +625,15 @@ def test_a_few_boxes_that_do_not_fit_are_counted_and_listed(coco, tmp_path):
     assert drawn.summary == "1 of the 9 boxes does not fit its object's mask; it is drawn around it now"
 
 
+def test_boxes_that_mostly_fit_nothing_are_refused(coco):
+    """Of an image of another size, or of other objects: training would learn what figures call wrong."""
+    entries = objects_of(lambda x, y, w, h: [x * 2, y * 2, w * 2, h * 2])
+    with pytest.raises(UserError, match=r": 8 of the 8 boxes do not fit their objects' masks: correct either, or take"):
+        coco(entries, categories=CATEGORIES[1:2])
+    assert coco(entries, categories=CATEGORIES[1:2], boxes_from_masks=True).annotation(0).boxes[0] == (4, 6, 10, 8)
+    assert coco(entries, categories=CATEGORIES[1:2], masks=False).annotation(0).boxes[0] == (8, 12, 20, 16)
+
+
 @pytest.mark.parametrize(
     "polygon",
     [

@@ -463,10 +463,16 @@ def _checked(
             cure = ", or take the boxes of the masks with --boxes-from-masks" if all_masks else ""
             raise UserError(f"{name}: {wrong}: write left, top, width and height in pixels{cure}")
     unfit = ~objects.damaged & ~boxless & ~coco_checks.fitting(found)
+    compared = int((~objects.damaged & ~boxless & has_mask).sum())
+    if masks and not boxes_from_masks and 2 * unfit.sum() > compared:
+        raise UserError(
+            f"{name}: {int(unfit.sum())} of the {compared} boxes do not fit their objects' masks: correct either, or "
+            "take the boxes of the masks with --boxes-from-masks"
+        )
     one = many = "training sees masks, figures the boxes: correct them, or take --boxes-from-masks"
     if boxes_from_masks:
         one, many = "it is drawn around it now", "they are drawn around them now"
-    of_all = f"of the {int((~boxless & has_mask).sum())} boxes"
+    of_all = f"of the {compared} boxes"
     told.append(
         (
             numpy.flatnonzero(unfit).tolist(),
