@@ -632,7 +632,7 @@ def test_boxes_that_mostly_fit_nothing_are_refused(coco):
     with pytest.raises(UserError, match=r": 8 of the 8 boxes do not fit their objects' masks: correct either, or take"):
         coco(entries, categories=CATEGORIES[1:2])
     assert coco(entries, categories=CATEGORIES[1:2], boxes_from_masks=True).annotation(0).boxes[0] == (4, 6, 10, 8)
-    with pytest.raises(UserError, match="2 of the 8 annotations are broken, .* lies outside the 32x24 image"):
+    with pytest.raises(UserError, match=r"2 of the 8 annotations are broken, .* lies outside the 32x24 image"):
         coco(entries, categories=CATEGORIES[1:2], masks=False)
 
 
