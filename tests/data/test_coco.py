@@ -182,7 +182,6 @@ BROKEN = {
     "odd": (entry(4, segmentation=[[0, 0, 5, 5, 1, 2, 3]]), "a polygon has 7 numbers, not three points or more"),
     "words": (entry(4, segmentation=[[0, 0, 5, 5, 1, "a"]]), "a polygon is not a list of finite numbers"),
     "far": (entry(4, segmentation=[[0, 0, 5, 5, 1, 1e9]]), "a polygon lies far outside the 32x24 image"),
-    "no segmentation": (entry(4, segmentation=[]), "it has no segmentation"),
     "other size": (
         entry(4, segmentation=compressed(rectangle(1, 1, 2, 2, (32, 24)))),
         "its run lengths are of another size than the 32x24 image",
@@ -213,10 +212,9 @@ def test_broken_annotations_are_refused_or_left_out(name, coco, tmp_path):
     annotations = [entry(1), broken, {**broken, "id": 8}, entry(5, 9)]
     with pytest.raises(UserError) as error:
         coco(annotations)
-    boxes_alone = ", or train on boxes alone with --masks false" if name == "no segmentation" else ""
     assert str(error.value) == (
         f"{tmp_path}/instances.json: 2 of the 4 annotations are broken, the first is annotation 4 ({fault}): correct "
-        f"them, or leave them out with --skip-damaged{boxes_alone}"
+        "them, or leave them out with --skip-damaged"
     )
     source = coco(annotations, skip_damaged=True)
     left_out, _ = source.findings  # then come classes without objects
@@ -420,7 +418,7 @@ def test_crowd_and_area_null_missing_or_text(coco, crowd, area):
     told = {None, "0", "80"} & {crowd, area} if area != 0 else {None, "0"} & {crowd}
     expected = ["1 annotation has a number as text, or null for one, and is read as it is meant"] * bool(told)
     if area == 0:
-        expected.append("1 object has an area of 0, so that its mask is counted")
+        expected.append("1 object has an area of 0, which is measured instead")
     assert summaries_of(source) == expected
 
 
@@ -600,7 +598,10 @@ def test_masks_of_another_convention_are_refused(coco, what):
             coco(entries, images, CATEGORIES[1:2], boxes_from_masks=boxes_from_masks)
     source = coco(entries, images, CATEGORIES[1:2], masks=False)
     assert source.annotation(0).segmentations == (None,) * 4
-    assert summaries_of(source)[0].startswith("8 masks are of another convention, and not used: ")
+    assert source.findings == []
+    if "fractions" in what:  # a box that is drawn around such a mask would be as wrong
+        with pytest.raises(UserError, match="look like fractions"):
+            coco([{**one, "bbox": None} for one in entries], images, CATEGORIES[1:2], masks=False)
 
 
 def test_boxes_and_masks_both_in_fractions_are_refused(coco):
@@ -625,6 +626,16 @@ def test_a_few_boxes_that_do_not_fit_are_counted_and_listed(coco, tmp_path):
     assert drawn.summary == "1 of the 9 boxes does not fit its object's mask; it is drawn around it now"
 
 
+def test_boxes_that_mostly_fit_nothing_are_refused(coco):
+    """Of an image of another size, or of other objects: training would learn what figures call wrong."""
+    entries = objects_of(lambda x, y, w, h: [x * 2, y * 2, w * 2, h * 2])
+    with pytest.raises(UserError, match=r": 8 of the 8 boxes do not fit their objects' masks: correct either, or take"):
+        coco(entries, categories=CATEGORIES[1:2])
+    assert coco(entries, categories=CATEGORIES[1:2], boxes_from_masks=True).annotation(0).boxes[0] == (4, 6, 10, 8)
+    with pytest.raises(UserError, match=r"2 of the 8 annotations are broken, .* lies outside the 32x24 image"):
+        coco(entries, categories=CATEGORIES[1:2], masks=False)
+
+
 @pytest.mark.parametrize(
     "polygon",
     [
@@ -640,9 +651,7 @@ def test_a_mask_without_a_pixel_is_broken(coco, polygon):
         coco(entries)
     source = coco(entries, skip_damaged=True)
     assert source.annotation(0).ignored == ((4, 6, 10, 8),)
-    alone = coco(entries, masks=False, categories=CATEGORIES[1:2])
-    assert alone.annotation(0).segmentations == (entries[0]["segmentation"], None)
-    assert "1 object has a mask without a pixel, and is taken for one without" in summaries_of(alone)
+    assert coco(entries, masks=False, categories=CATEGORIES[1:2]).annotation(0).labels == (1, 1)
     empty = {"size": list(SIZE), "counts": [24 * 32]}
     with pytest.raises(UserError, match=r"annotation 2 \(its mask has no pixel"):
         coco([entry(1), entry(2, segmentation=empty)])
@@ -666,21 +675,50 @@ def test_masks_that_images_cut_off_are_counted(coco):
 # Boxes alone
 
 
-def test_objects_without_masks_where_none_is_needed(coco):
-    entries = [entry(1), entry(2), entry(3, 9, segmentation=[[0, 0, 5, 5]]), entry(4, 9, segmentation=None)]
+def test_objects_without_a_mask_among_others_are_counted_and_have_their_boxes(coco):
+    entries = [entry(1), entry(2, box=(1, 2, 3, 4)), {**entry(3, box=(5, 6, 7, 8)), "segmentation": None}]
     entries[1]["segmentation"] = []
-    del entries[3]["segmentation"]
+    source = coco(entries, categories=CATEGORIES[1:2])
+    annotation = source.annotation(0)
+    assert annotation.boxes == ((4, 6, 10, 8), (1, 2, 3, 4), (5, 6, 7, 8))
+    assert [segmentation is None for segmentation in annotation.segmentations] == [False, True, True]
+    assert [mask is None for mask in annotation.masks()] == [False, True, True]
+    (finding,) = source.findings
+    assert finding.summary == "2 objects without a mask, which teach their boxes alone"
+    assert [item.partition(": ")[2] for item in finding.items] == [
+        f"annotation {number} of image 5" for number in (2, 3)
+    ]
+    assert ["segmentation" in one for one in source.ground_truth()["annotations"]] == [True, False, False]
+
+
+def test_where_no_object_has_a_mask_only_boxes_are_read_and_only_where_that_is_asked(coco):
+    bare = [entry(1, box=(4, 6, 10, 8)), entry(2, box=(1, 2, 3, 4), area=0)]
+    for one in bare:
+        del one["segmentation"]
+    del bare[0]["area"]
+    with pytest.raises(UserError, match=r"2 of the 2 annotations are broken, .*it has no segmentation; --masks false"):
+        coco(bare)
+    with pytest.raises(UserError, match="has no masks that boxes could be drawn around: leave out --boxes-from-masks"):
+        coco(bare, masks=False, boxes_from_masks=True)
+    source = coco(bare, masks=False, categories=CATEGORIES[1:2])
+    assert summaries_of(source) == ["1 object has an area of 0, which is measured instead"]
+    assert source.annotation(0).segmentations == (None, None)
+    assert [one["area"] for one in source.ground_truth()["annotations"]] == [80, 12]
+
+
+def test_masks_that_are_not_asked_for_are_read_for_boxes_only(coco):
+    entries = [entry(1), entry(2, segmentation=[[0, 0, 5, 5]]), entry(3, 9, bbox=None)]
     source = coco(entries, masks=False, categories=CATEGORIES[1:2])
-    assert source.annotation(0).segmentations == (entries[0]["segmentation"], None)
-    assert source.annotation(2).segmentations == (None, None)
-    assert summaries_of(source)[0] == "1 object has a mask that cannot be read, and is taken for one without"
-    truth = source.ground_truth()["annotations"]
-    assert ["segmentation" in one for one in truth] == [True, False, False, False]
-    del entries[1]["area"]
-    assert coco(entries, masks=False).ground_truth()["annotations"][1]["area"] == 80
-    entries[1]["bbox"] = None
-    with pytest.raises(UserError, match=r"annotation 2 \(it has neither a box nor a mask\)"):
+    assert source.annotation(0).segmentations == (None, None)
+    assert source.annotation(2) == Annotation(SIZE, (1,), ((4, 6, 10, 8),), (None,))
+    assert "1 object has no box, so that it is drawn around the mask" in summaries_of(source)
+    entries[2]["segmentation"] = []
+    with pytest.raises(UserError, match=r"annotation 3 \(it has neither a box nor a mask\)"):
         coco(entries, masks=False)
+    shifted = [entry(1, bbox=[5, 6, 10, 8]), entry(2, 9, segmentation=[]), entry(3, 9, (1, 2, 3, 4))]
+    drawn = coco(shifted, masks=False, boxes_from_masks=True)
+    assert [drawn.annotation(index).boxes for index in (0, 2)] == [((4, 6, 10, 8),), ((4, 6, 10, 8), (1, 2, 3, 4))]
+    assert drawn.annotation(0).segmentations == (None,)
 
 
 def test_a_box_outside_its_image_is_broken(coco):
@@ -759,10 +797,12 @@ def test_a_file_with_some_of_the_categories_takes_the_classes_of_all(coco):
 def test_categories_of_other_ids_are_known_by_their_names_and_keep_their_ids(coco):
     categories = [{"id": 90, "name": "cat"}, {"id": "b", "name": "brush"}]
     source = coco([entry(1, category_id=90), entry(2, 9, category_id="b")], categories=categories)
-    whole = source.with_categories(["cat", "dog", "brush"], [2, 7, 90], "training.json")
+    whole = source.with_categories(["cat", "dog", "brush"], [2, 7, 90], "{a}/training.json")
     assert whole.category_ids == [90, 7, "b"]
     assert [whole.annotation(index).labels for index in (0, 2)] == [(1,), (3,)]
-    assert summaries_of(whole)[0] == ("2 categories have other ids than in training.json, and are known by their names")
+    (renumbered, _) = whole.findings  # then comes the class without an object
+    assert renumbered.summary == ("2 categories have other ids than in {a}/training.json, and are known by their names")
+    assert renumbered.items == ["'cat': id 90, there 2", "'brush': id 'b', there 90"]
     exchanged = coco([entry(1, category_id=90)], categories=[{"id": 90, "name": "cat"}])
     with pytest.raises(UserError, match=r"other categories than training\.json, the first is 'cat': id 90, there 2"):
         exchanged.with_categories(["cat", "brush"], [2, 90], "training.json")

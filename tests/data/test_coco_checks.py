@@ -24,7 +24,7 @@ def read(segmentations, boxes=None, size=SIZE):
         {"id": number, "image_id": 1, "category_id": 1, "bbox": box, "segmentation": segmentation}
         for number, (box, segmentation) in enumerate(zip(boxes, segmentations, strict=True), 1)
     ]
-    found = read_objects(entries, images, [1], masks=False)
+    found = read_objects(entries, images, [1], masks=any(segmentations))
     assert not found.faults
     return found, coco_checks.geometry(found, images.sizes)
 

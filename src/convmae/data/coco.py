@@ -15,7 +15,6 @@ import numpy
 
 from convmae.data import coco_checks
 from convmae.data.coco_files import (
-    NO_SEGMENTATION,
     Id,
     Images,
     Objects,
@@ -49,14 +48,14 @@ class Annotation(NamedTuple):
     boxes: tuple[tuple[float, ...], ...]
     """As in the file: left, top, width and height in pixels."""
     segmentations: tuple[Any, ...]
-    """As in the file: polygons, or run lengths, compressed or not; None for an object without a mask."""
+    """As in the file: polygons, or run lengths, compressed or not; None of an object that has a box alone."""
     ignored: tuple[tuple[float, float, float, float], ...] = ()
     """Boxes of regions that teach nothing, inside the image: left, top, width and height in pixels."""
 
-    def masks(self) -> Iterator[numpy.ndarray]:
-        """Each object's mask, uint8 (H, W), decoded one after the other."""
+    def masks(self) -> Iterator[Any]:
+        """Each object's mask, uint8 (H, W), decoded one after the other; None of an object that has a box alone."""
         for segmentation in self.segmentations:
-            yield decoded(segmentation, self.size)
+            yield None if segmentation is None else decoded(segmentation, self.size)
 
 
 class CocoImages(ImageCollection):
@@ -302,6 +301,7 @@ def open_coco(
     annotations: Path,
     images: Path,
     skip_damaged: bool = False,
+    *,
     masks: bool = True,
     boxes_from_masks: bool = False,
 ) -> CocoImages:
@@ -309,8 +309,9 @@ def open_coco(
 
     skip_damaged: leave out missing images and broken annotations, and tell them in `findings`; otherwise one of them
     raises UserError. So does a file that is not in this format, or whose boxes or masks are of another convention.
-    masks: whether each object needs a mask; otherwise those that have none, or one that cannot be read, have none.
-    boxes_from_masks: draw boxes around masks instead of taking the file's.
+    masks: whether masks are read; otherwise boxes alone are. Objects without a mask among others with one are counted
+    in `findings`; where no object has one, all are broken. boxes_from_masks: draw boxes around masks instead of taking
+    the file's.
     """
     check_installed("detection", "masks and COCO's figures need faster-coco-eval", "faster_coco_eval")
     name = str(annotations)
@@ -326,9 +327,11 @@ def open_coco(
     if not known.ids:
         raise UserError(f"{annotations} names no images that {images} holds: check both")
     total = len(content["annotations"])
-    read = read_objects(content["annotations"], known, list(categories), masks)
+    read = read_objects(content["annotations"], known, list(categories), masks or boxes_from_masks)
     with numpy.errstate(all="ignore"):  # of objects that have no box, and of such as no image holds
-        objects, found = _checked(name, read, known, masks, boxes_from_masks)
+        objects, found = _checked(name, read, known, boxes_from_masks)
+    if not masks:
+        objects = objects.without_masks()
     broken = [read.faults[place] for place in sorted(read.faults)]
     _refuse(name, "annotations", broken, total, skip_damaged)
     counts = numpy.bincount(objects.labels[objects.learned], minlength=len(categories) + 1)[1:].tolist()
@@ -381,8 +384,8 @@ def open_coco(
         ),
         (
             [f"{path}: {count} times" for path, count in repeated.items() if count > 1],
-            "{} file is listed under several image ids, so that what one of them says is wrong of the others",
-            "{} files are listed under several image ids, so that what one of them says is wrong of the others",
+            "{} file is listed under several image ids, whose objects are background to each other: give it one",
+            "{} files are listed under several image ids, whose objects are background to each other: give each one",
         ),
         (
             told(twice),
@@ -427,21 +430,16 @@ _NOTES = {
         "{} object has no box, so that it is drawn around the mask",
         "{} objects have no box, so that theirs are drawn around their masks",
     ),
-    "unread masks": (
-        "{} object has a mask that cannot be read, and is taken for one without",
-        "{} objects have masks that cannot be read, and are taken for such without",
-    ),
+    "no mask": ("{} objects without a mask, which teach their boxes alone",),
 }
 """What is said of objects that share a note of their reading: of one, of several."""
 
 
-_Told = tuple[Sequence[int], str, str]
+_Told = tuple[Any, ...]
 """Numbers of objects, and what is said of one or several."""
 
 
-def _checked(
-    name: str, read: ReadObjects, images: Images, masks: bool, boxes_from_masks: bool
-) -> tuple[Objects, list[_Told]]:
+def _checked(name: str, read: ReadObjects, images: Images, boxes_from_masks: bool) -> tuple[Objects, list[_Told]]:
     """The objects with the boxes that they shall have, and what is to be told of them; new faults are added to `read`.
 
     Raises UserError where boxes or masks are of another convention than COCO's.
@@ -449,24 +447,27 @@ def _checked(
     told: list[_Told] = []
     found = coco_checks.geometry(read, images.sizes)
     if wrong := coco_checks.mask_convention(read, found):
-        if masks or "no box" in read.notes:
-            raise UserError(f"{name}: {wrong}")
-        one = f"of another convention, and not used: {wrong.partition(':')[0]}"
-        told.append((read.objects.with_mask.tolist(), f"{{}} mask is {one}", f"{{}} masks are {one}"))
-        read = read._replace(objects=read.objects.without_masks(), extents=numpy.full_like(read.extents, math.nan))
-        found = found._replace(extents=read.extents)
+        raise UserError(f"{name}: {wrong}")
     objects = read.objects
     has_mask, boxless = objects.has_mask, numpy.isnan(objects.boxes[:, 0])
+    if boxes_from_masks and len(objects) and not has_mask.any():
+        raise UserError(f"{name} has no masks that boxes could be drawn around: leave out --boxes-from-masks")
     if wrong := coco_checks.box_convention(read, found):
         all_masks = bool((has_mask | objects.damaged).all())
         if not (boxes_from_masks and all_masks):
             cure = ", or take the boxes of the masks with --boxes-from-masks" if all_masks else ""
             raise UserError(f"{name}: {wrong}: write left, top, width and height in pixels{cure}")
     unfit = ~objects.damaged & ~boxless & ~coco_checks.fitting(found)
+    compared = int((~objects.damaged & ~boxless & has_mask).sum())
+    if not boxes_from_masks and 2 * unfit.sum() > compared:
+        raise UserError(
+            f"{name}: {int(unfit.sum())} of the {compared} boxes do not fit their objects' masks: correct either, or "
+            "take the boxes of the masks with --boxes-from-masks"
+        )
     one = many = "training sees masks, figures the boxes: correct them, or take --boxes-from-masks"
     if boxes_from_masks:
         one, many = "it is drawn around it now", "they are drawn around them now"
-    of_all = f"of the {int((~boxless & has_mask).sum())} boxes"
+    of_all = f"of the {compared} boxes"
     told.append(
         (
             numpy.flatnonzero(unfit).tolist(),
@@ -478,10 +479,10 @@ def _checked(
     around[:, 2:] -= around[:, :2]
     drawn = has_mask & (boxless | boxes_from_masks)
     objects = replace(objects, boxes=numpy.where(drawn[:, None], around, objects.boxes))
-    return _with_pixels(read._replace(objects=objects), found, masks, told), told
+    return _with_pixels(read._replace(objects=objects), found, told), told
 
 
-def _with_pixels(read: ReadObjects, found: coco_checks.Geometry, masks: bool, told: list[_Told]) -> Objects:
+def _with_pixels(read: ReadObjects, found: coco_checks.Geometry, told: list[_Told]) -> Objects:
     """The objects, those damaged of which their images show nothing; adds to what is to be told, and to faults."""
     objects = read.objects
     sound = ~(objects.damaged | objects.zero_size)
@@ -494,17 +495,14 @@ def _with_pixels(read: ReadObjects, found: coco_checks.Geometry, masks: bool, to
     if (slivers := empty & inside).sum() <= _FEW_SLIVERS * len(objects):
         small |= slivers
     outside = sound & ~objects.has_mask & (coco_checks.share_outside(found) >= 1)
-    lost = empty & ~small
     faults = dict.fromkeys(numpy.flatnonzero(outside).tolist(), "its box lies outside")
-    if masks:
-        faults |= dict.fromkeys(numpy.flatnonzero(lost).tolist(), "its mask has no pixel in")
+    faults |= dict.fromkeys(numpy.flatnonzero(empty & ~small).tolist(), "its mask has no pixel in")
     for number, fault in faults.items():
         width, height = found.sizes[number].astype(int).tolist()
         read.faults[read.places[number]] = f"{read.name(number)} ({fault} the {width}x{height} image)"
     damaged = objects.damaged.copy()
     damaged[list(faults)] = True
-    unmasked = lost & ~damaged
-    untold = sound & objects.has_mask & ~empty & (objects.areas <= 0)
+    untold = sound & ~damaged & ~empty & (objects.areas <= 0)
     told += [
         (
             numpy.flatnonzero(sound & ~empty & ~damaged & coco_checks.cut_off(found)).tolist(),
@@ -512,21 +510,15 @@ def _with_pixels(read: ReadObjects, found: coco_checks.Geometry, masks: bool, to
             "{} objects reach out of their images by more than a twentieth, and are cut off there",
         ),
         (
-            numpy.flatnonzero(unmasked).tolist(),
-            "{} object has a mask without a pixel, and is taken for one without",
-            "{} objects have masks without a pixel, and are taken for such without",
-        ),
-        (
             numpy.flatnonzero(untold).tolist(),
-            "{} object has an area of 0, so that its mask is counted",
-            "{} objects have an area of 0, so that their masks are counted",
+            "{} object has an area of 0, which is measured instead",
+            "{} objects have areas of 0, which are measured instead",
         ),
     ]
     return replace(
         objects,
         damaged=damaged,
         pixelless=empty & small,
-        unmasked=unmasked,
         areas=numpy.where(untold, math.nan, objects.areas),
     )
 
@@ -534,7 +526,8 @@ def _with_pixels(read: ReadObjects, found: coco_checks.Geometry, masks: bool, to
 def _findings(*found: tuple[Any, ...]) -> list[Finding]:
     """A finding for each list that is not empty, whose length its summary tells: of one, of several, or of any."""
     return [
-        Finding((summaries[0] if len(items) == 1 else summaries[-1]).format(len(items)), items)
+        # Not by str.format: names in a summary may have braces.
+        Finding((summaries[0] if len(items) == 1 else summaries[-1]).replace("{}", str(len(items)), 1), items)
         for items, *summaries in found
         if items
     ]
@@ -542,8 +535,7 @@ def _findings(*found: tuple[Any, ...]) -> list[Finding]:
 
 def _refuse(name: str, what: str, faults: list[str], total: int, skip_damaged: bool) -> None:
     if faults and not skip_damaged:
-        boxes_alone = any(fault.endswith(f"({NO_SEGMENTATION})") for fault in faults)
         raise UserError(
             f"{name}: {len(faults)} of the {total} {what} are broken, the first is {faults[0]}: correct them, or leave "
-            f"them out with --skip-damaged{', or train on boxes alone with --masks false' if boxes_alone else ''}"
+            "them out with --skip-damaged"
         )

@@ -15,6 +15,7 @@ _LOOSE = 0.05  # share of its side by which an edge may be off, but always
 _LOOSE_PIXELS = 1.5
 _OVERLAP = 0.5  # intersection over union from which a box is that of its mask
 _MANY = 0.2  # share of objects that one convention explains and COCO's does not
+_SOME = 0.05  # the same without masks, where few objects tell, but all must be explained
 _SMALLEST_SIDE = 8  # of an image, in which objects of a pixel are told from fractions
 _OUTSIDE = 0.05  # share of an object that may be outside its image untold
 _NO_ACCIDENT = 50  # objects
@@ -178,7 +179,7 @@ def box_convention(read: ReadObjects, found: Geometry) -> str | None:
         return f"{counts[best]} of the {number} boxes do not fit their masks and look like {best}"
     alone = known & ~compared
     outside = alone & ~_inside(boxes, sizes)
-    if outside.sum() > _MANY * number:
+    if outside.sum() > _SOME * number:
         for what, edges_of in _CONVENTIONS.items():
             converted = numpy.stack(edges_of(written.T), axis=1)
             inside = _inside(converted, sizes)

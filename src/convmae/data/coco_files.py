@@ -24,7 +24,7 @@ from convmae.errors import UserError
 Id = int | float | str
 """What tools number images, annotations and categories by; given back as it is in the file."""
 
-NO_SEGMENTATION = "it has no segmentation"
+_NO_SEGMENTATION = "it has no segmentation; --masks false learns boxes alone"
 
 
 # Values
@@ -219,8 +219,6 @@ class Objects:
     """Objects that are left out; they are kept as regions that teach nothing."""
     pixelless: numpy.ndarray
     """Objects whose mask is thinner than a pixel, and has none."""
-    unmasked: numpy.ndarray
-    """Objects whose mask is of no use, where none is needed."""
     coordinates: numpy.ndarray
     """Of all polygons' points, x and y in turn."""
     polygon_ends: numpy.ndarray
@@ -262,15 +260,8 @@ class Objects:
     def has_mask(self) -> numpy.ndarray:
         return self.has_polygons | self.has_run_lengths
 
-    @property
-    def with_mask(self) -> numpy.ndarray:
-        """Numbers of the objects that have a mask."""
-        return numpy.flatnonzero(self.has_mask)
-
     def segmentation(self, number: int) -> Any:
         """Polygons or run lengths of an object, None where it has none."""
-        if self.unmasked[number]:
-            return None
         start = self.text_ends[number - 1] if number else 0
         if self.text_ends[number] > start:
             return json.loads(self.texts[start : self.text_ends[number]].tobytes())
@@ -320,9 +311,10 @@ def _entry_name(entry_id: Any, place: int) -> str:
 def read_objects(annotations: list[Any], images: Images, category_ids: Sequence[Id], masks: bool = True) -> ReadObjects:
     """COCO's entries of annotations, which are taken out of the list as they are read.
 
-    masks: whether an object needs a segmentation; otherwise those that cannot be read are done without.
+    masks: whether they are read; otherwise they are where a box is missing. Some objects may lack one, but not all.
     """
-    reader = _ObjectReader(images, category_ids, masks)
+    needed = masks and not any(isinstance(entry, dict) and entry.get("segmentation") for entry in annotations)
+    reader = _ObjectReader(images, category_ids, masks, needed)
     for place, entry in enumerate(annotations):
         annotations[place] = None  # its memory is needed for those that follow
         reader.add(place, entry)
@@ -332,13 +324,13 @@ def read_objects(annotations: list[Any], images: Images, category_ids: Sequence[
 class _ObjectReader:
     """Packs COCO's entries of annotations, one after the other."""
 
-    def __init__(self, images: Images, category_ids: Sequence[Id], masks: bool) -> None:
+    def __init__(self, images: Images, category_ids: Sequence[Id], masks: bool, needed: bool) -> None:
         from faster_coco_eval.core import mask
         from faster_coco_eval.mask_api_new_cpp import toUncompressedRLE
 
         self._library, self._uncompressed = mask, toUncompressedRLE
         self._images, self._categories = _Ids([*images.ids, *images.without]), _Ids(category_ids)
-        self._sizes, self._masks = images.sizes, masks
+        self._sizes, self._masks, self._needed = images.sizes, masks, needed
         self._ids: list[Any] = []
         self._places: list[int] = []
         self._faults: dict[int, str] = {}
@@ -379,15 +371,20 @@ class _ObjectReader:
             fault, area = fault or "its area is not a finite number", math.nan
         box_fault = self._read_box(box)
         segmentation = entry.get("segmentation")
-        mask_fault = self._read_segmentation(segmentation, self._sizes[image]) if segmentation else NO_SEGMENTATION
-        if mask_fault:
+        has_mask, mask_fault = False, None
+        if segmentation and (self._masks or not box):
+            mask_fault = self._read_segmentation(segmentation, self._sizes[image])
+            has_mask = mask_fault is None
+        if not has_mask:
             self._pixels.append(-1)
             self._extents.extend((math.nan,) * 4)
-            if mask_fault != NO_SEGMENTATION and not self._masks:
-                self._note("unread masks")
-            if not box and not box_fault and (mask_fault == NO_SEGMENTATION or not self._masks):
-                box_fault = "it has neither a box nor a mask"
-        fault = fault or box_fault or (mask_fault if self._masks else None)
+            if not segmentation and not box:
+                box_fault = box_fault or "it has neither a box nor a mask"
+            elif not segmentation and self._needed:
+                mask_fault = _NO_SEGMENTATION
+            elif not segmentation and self._masks:
+                self._note("no mask")
+        fault = fault or box_fault or mask_fault
         if fault:
             self._faults[place] = f"{_entry_name(entry.get('id'), place)} ({fault})"
         elif not box:
@@ -412,7 +409,6 @@ class _ObjectReader:
             crowd=numpy.frombuffer(self._crowd, dtype=bool),
             damaged=numpy.frombuffer(self._damaged, dtype=bool),
             pixelless=numpy.zeros(len(self._labels), dtype=bool),
-            unmasked=numpy.zeros(len(self._labels), dtype=bool),
             coordinates=_numbers(self._coordinates),
             polygon_ends=_integers(self._polygon_ends),
             polygons=_integers(self._polygons),
@@ -459,7 +455,7 @@ class _ObjectReader:
                 self._pixels.append(-1)
                 self._extents.extend((math.nan,) * 4)
             return fault
-        return self._read_run_lengths(segmentation, size) if isinstance(segmentation, dict) else NO_SEGMENTATION
+        return self._read_run_lengths(segmentation, size) if isinstance(segmentation, dict) else _NO_SEGMENTATION
 
     def _read_polygons(self, segmentation: list[Any], size: tuple[int, int]) -> str | None:
         first = segmentation[0]
