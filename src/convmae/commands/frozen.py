@@ -108,17 +108,22 @@ class FrozenDetector(FrozenModel):
 
 
 def load_frozen_detector(
-    weights: Path, image_size: int | tuple[int, int] | None, engine: DeviceOptions
+    weights: Path,
+    image_size: int | tuple[int, int] | None,
+    engine: DeviceOptions,
+    max_detections: int | None = None,
 ) -> FrozenDetector:
     """The detector of a run or weights file, frozen, on the device that `engine` names.
 
     image_size: pixels into which images are fitted, one number or height and width, multiples of 32; by default that of
-        its training. Raises UserError where the file holds no detector.
+        its training, as max_detections is. Raises UserError where the file holds no detector.
     """
     file = weights_files.locate(Path(weights))  # Python callers may pass a string
     network = load(file)
     if not isinstance(network, Detector):
         raise UserError(f"{weights} holds no detector: train one first, with convmae detect train")
+    if max_detections is not None:
+        network.max_detections = max_detections
     size = checked_size(network.image_size if image_size is None else height_and_width(image_size))
     fabric = start_engine(engine)
     network.to(fabric.device).eval().requires_grad_(False)

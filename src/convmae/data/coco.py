@@ -29,12 +29,14 @@ class Annotation(NamedTuple):
     boxes: tuple[tuple[float, ...], ...]
     """As in the file: left, top, width and height in pixels."""
     segmentations: tuple[Any, ...]
-    """As in the file: polygons, or run lengths, compressed or not."""
+    """As in the file: polygons, or run lengths, compressed or not; None of an object that has a box alone."""
+    ignored: tuple[tuple[float, ...], ...] = ()
+    """Boxes of regions that teach nothing, such as crowds: left, top, width and height in pixels."""
 
-    def masks(self) -> Iterator[numpy.ndarray]:
-        """Each object's mask, uint8 (H, W), decoded one after the other."""
+    def masks(self) -> Iterator[numpy.ndarray | None]:
+        """Each object's mask, uint8 (H, W), decoded one after the other; None of an object that has a box alone."""
         for segmentation in self.segmentations:
-            yield _decoded(segmentation, self.size)
+            yield None if segmentation is None else _decoded(segmentation, self.size)
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,14 @@ class CocoImages(ImageCollection):
         objects = self._objects
         start, end = objects.first[index : index + 2].tolist()
         numbers = [number for number in range(start, end) if self._learned[number]]
+        crowds = [number for number in range(start, end) if objects.crowd[number] and not objects.zero_size[number]]
         height, width = self.sizes[index].tolist()
         return Annotation(
             (height, width),
             tuple(objects.labels[numbers].tolist()),
             tuple(map(tuple, objects.boxes[numbers].tolist())),
             tuple(objects.segmentation(number) for number in numbers),
+            tuple(map(tuple, objects.boxes[crowds].tolist())),
         )
 
     def open_annotated(self, index: int) -> tuple[BinaryIO, Any]:
@@ -114,7 +118,12 @@ class CocoImages(ImageCollection):
             segmentation, area = objects.segmentation(number), objects.areas[number].item()
             if math.isnan(area):  # the file tells none
                 height, width = self.sizes[owner].tolist()
-                area = int(_decoded(segmentation, (height, width)).sum())
+                width_and_height = objects.boxes[number, 2:]
+                area = (
+                    width_and_height.prod().item()
+                    if segmentation is None
+                    else int(_decoded(segmentation, (height, width)).sum())
+                )
             found.append(
                 {
                     "id": number + 1,
@@ -159,11 +168,13 @@ def find_coco(
     )
 
 
-def open_coco(annotations: Path, images: Path, skip_damaged: bool = False) -> CocoImages:
+def open_coco(annotations: Path, images: Path, skip_damaged: bool = False, *, masks: bool = True) -> CocoImages:
     """The images in the folder `images` that a JSON file in COCO's format annotates.
 
     skip_damaged: leave out missing images and broken annotations, and tell them in `findings`; otherwise one of them
-    raises UserError. So does a file that is not in this format.
+    raises UserError. So does a file that is not in this format. masks: whether masks are read; otherwise boxes alone
+    are. Objects without a mask among others with one are counted in `findings`; where no object has one, all are
+    broken.
     """
     check_installed("detection", "masks and COCO's figures need faster-coco-eval", "faster_coco_eval")
     content = _read(annotations)
@@ -181,7 +192,8 @@ def open_coco(annotations: Path, images: Path, skip_damaged: bool = False) -> Co
     if not entries:
         raise UserError(f"{annotations} names no images that {images} holds: check both")
     labels = {category_id: label for label, category_id in enumerate(categories, 1)}
-    found, broken = _sound_objects(content, entries, labels)
+    needed = masks and not any(_has_mask(entry) for entry in content["annotations"])
+    found, broken = _sound_objects(content, entries, labels, masks, needed)
     _refuse(annotations, "annotations", broken, len(content["annotations"]), skip_damaged)
     flat = [
         f"{annotations}: annotation {entry.get('id')} of image {entry['image_id']}"
@@ -189,18 +201,25 @@ def open_coco(annotations: Path, images: Path, skip_damaged: bool = False) -> Co
         for entry in of_image
         if min(entry["bbox"][2:]) == 0
     ]
+    bare = [
+        f"{annotations}: annotation {entry.get('id')} of image {entry['image_id']}"
+        for of_image in found
+        for entry in of_image
+        if masks and not _has_mask(entry) and min(entry["bbox"][2:]) > 0
+    ]
     return CocoImages(
         str(annotations),
         [str(images / entry["file_name"]) for entry in entries],
         [entry["id"] for entry in entries],
         numpy.array([(entry["height"], entry["width"]) for entry in entries], dtype=numpy.int64),
         categories,
-        _packed(found, labels),
+        _packed(found, labels, masks),
         _findings(
             ([f"{annotations}: {fault}" for fault in faults], "left out {} broken images with their annotations"),
             ([f"{annotations}: {fault}" for fault in broken], "left out {} broken annotations"),
             ([f"{images / name}: is missing" for name in missing], "left out {} images that are missing"),
             (flat, "{} objects without width or height, which teach nothing"),
+            (bare, "{} objects without a mask, which teach their boxes alone"),
         ),
     )
 
@@ -283,7 +302,7 @@ def _missing(folder: Path, names: list[str]) -> list[str]:
 
 
 def _sound_objects(
-    content: dict[str, Any], images: list[dict[str, Any]], labels: Mapping[int, int]
+    content: dict[str, Any], images: list[dict[str, Any]], labels: Mapping[int, int], masks: bool, needed: bool
 ) -> tuple[list[list[dict[str, Any]]], list[str]]:
     """The sound annotations of each of `images`, COCO's entries, and what is wrong with each of the others."""
     known = {_number(image, "id") for image in content["images"]} - {None}
@@ -294,7 +313,7 @@ def _sound_objects(
         image_id = _number(annotation, "image_id")
         if image_id in known and image_id not in sizes:
             continue  # it goes with its image, which is left out
-        if fault := _fault(annotation, sizes, labels):
+        if fault := _fault(annotation, sizes, labels, masks, needed):
             own = _number(annotation, "id")
             faults.append(f"{f'the one at place {place}' if own is None else f'annotation {own}'} ({fault})")
         else:
@@ -302,8 +321,14 @@ def _sound_objects(
     return list(sound.values()), faults
 
 
-def _fault(annotation: Any, sizes: Mapping[int, tuple[int, int]], labels: Mapping[int, int]) -> str | None:
-    """What is wrong with an annotation, None if nothing is."""
+def _has_mask(annotation: Any) -> bool:
+    return isinstance(annotation, dict) and bool(annotation.get("segmentation"))
+
+
+def _fault(
+    annotation: Any, sizes: Mapping[int, tuple[int, int]], labels: Mapping[int, int], masks: bool, needed: bool
+) -> str | None:
+    """What is wrong with an annotation, None if nothing is; masks: whether they are read; needed: by each object."""
     if not isinstance(annotation, dict):
         return "it is not an object"
     image_id, category_id = (_number(annotation, key) for key in ("image_id", "category_id"))
@@ -320,13 +345,15 @@ def _fault(annotation: Any, sizes: Mapping[int, tuple[int, int]], labels: Mappin
         return "its box is not four finite numbers"
     if min(box[2:]) < 0:
         return "its box has a negative width or height"
+    if not masks or not (_has_mask(annotation) or needed):
+        return None
     return _segmentation_fault(annotation.get("segmentation"), sizes[image_id])
 
 
 def _segmentation_fault(segmentation: Any, size: tuple[int, int]) -> str | None:
     height, width = size
     if not segmentation or not isinstance(segmentation, list | dict):
-        return "it has no segmentation"
+        return "it has no segmentation; --masks false learns boxes alone"
     if isinstance(segmentation, list):
         for polygon in segmentation:
             if not (isinstance(polygon, list) and _are_finite(polygon)):
@@ -365,10 +392,11 @@ def _decoded(segmentation: Any, size: tuple[int, int]) -> numpy.ndarray:
     return mask.decode(segmentation)
 
 
-def _packed(annotations: list[list[dict[str, Any]]], labels: Mapping[int, int]) -> _Objects:
+def _packed(annotations: list[list[dict[str, Any]]], labels: Mapping[int, int], masks: bool) -> _Objects:
     """The objects of all images, from COCO's entries of annotations for each image."""
     every = [annotation for found in annotations for annotation in found]
-    texts = [json.dumps(annotation["segmentation"], separators=(",", ":")).encode() for annotation in every]
+    segmentations = [annotation["segmentation"] if masks and _has_mask(annotation) else None for annotation in every]
+    texts = [json.dumps(segmentation, separators=(",", ":")).encode() for segmentation in segmentations]
     return _Objects(
         first=numpy.cumsum([0, *map(len, annotations)], dtype=numpy.int64),
         labels=numpy.array([labels[annotation["category_id"]] for annotation in every], dtype=numpy.int64),

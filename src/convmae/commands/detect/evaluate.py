@@ -9,7 +9,7 @@ from rich.console import Console
 from convmae.commands.frozen import checked_output, load_frozen_detector, report_damaged, tell_findings
 from convmae.data.coco import find_coco, open_coco
 from convmae.errors import UserError, check_positive
-from convmae.tasks.detection.judge import DetectionQuality, Judge, print_quality
+from convmae.tasks.detection.judge import DetectionQuality, Judge, print_quality, warn_of_full_images
 from convmae.tasks.processes import gathered, process_loading, tracked
 from convmae.training.checkpoint import replace_file
 from convmae.training.engine import EngineOptions
@@ -26,8 +26,9 @@ def evaluate(
     batch_size: int = 8,
     skip_damaged: bool = False,
     engine: EngineOptions = EngineOptions(),
+    max_detections: int | None = None,
 ) -> DetectionQuality:
-    """Judge a detector by the twelve COCO figures of its boxes and of its masks.
+    """Judge a detector by the twelve COCO figures of its boxes and, if it finds any, of its masks.
 
     Args:
         weights: a detector's run or weights file.
@@ -42,6 +43,8 @@ def evaluate(
         skip_damaged: leave out and list images that are missing or damaged and annotations that are broken instead of
             stopping.
         engine: devices and precision.
+        max_detections: the most objects in an image; by default as in the training, where it is 100 unless told.
+            Figures by more than 100 are not comparable with COCO's, which stop there.
 
     Raises UserError for weights without a detector, for other categories than the detector's, and for unreadable data.
     """
@@ -49,9 +52,9 @@ def evaluate(
     if output is not None:
         output = checked_output(output, (".json",))
     file, folder = find_coco(None if data is None else Path(data), split, annotations, images)
-    source = open_coco(file, folder, skip_damaged)
-    model = load_frozen_detector(weights, image_size, engine)
+    model = load_frozen_detector(weights, image_size, engine, max_detections)
     network, fabric = model.network, model.fabric
+    source = open_coco(file, folder, skip_damaged, masks=network.has_masks)
     known = (network.settings["classes"], network.settings["category_ids"])
     if known != (source.classes, source.category_ids):
         raise UserError(f"{source.name} has other categories than the detector of {weights}: they cannot be compared")
@@ -69,10 +72,11 @@ def evaluate(
     found = list(tracked(fabric, judge.detections(network), len(source), "detecting"))
     results = gathered(fabric, found)
     left_out = gathered(fabric, damaged)
-    quality = judge.quality(results)
+    quality = judge.quality(results, network)
     if fabric.is_global_zero:
         report_damaged(left_out)
-        print_quality(quality, source.classes, Console())
+        print_quality(quality, source.classes, Console(), network.max_detections)
+        warn_of_full_images((len(of_image) for _, of_image in results), network.max_detections)
         if output is not None:
             text = json.dumps([result for _, of_image in results for result in of_image])
             replace_file(output, lambda path: path.write_text(text))
