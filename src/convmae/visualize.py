@@ -29,6 +29,7 @@ _GREY = 0.5  # colour of masked places
 _ACCURACY = {"top1": "top-1", "top5": "top-5"}  # figures of a classifier's evaluations, and their labels
 _DOTS = 120  # an inch
 _DRAWN_SIDES = (6.0, 3.6)  # inches of pictures with detections or classes, longer side: of a single one, of several
+_NARROWEST = 0.3  # inches of such a picture's shorter side: one without a dot cannot be saved
 _MOST_NAMES = 20  # of classes in a legend
 _LONGEST_NAME = 40  # letters of them
 _TRANSLUCENT = 0.6  # weight of a class's colour over an image
@@ -338,8 +339,8 @@ def _figure_of_pictures(
     for row, pictures in enumerate(rows):
         for column, one in enumerate(pictures):
             height, width = one.image.shape[1:]
-            heights[row] = max(heights[row], side * height / max(height, width))
-            widths[column] = max(widths[column], side * width / max(height, width))
+            heights[row] = max(heights[row], side * height / max(height, width), _NARROWEST)
+            widths[column] = max(widths[column], side * width / max(height, width), _NARROWEST)
     figure = Figure(figsize=(sum(widths), sum(heights) + 0.3 * len(rows)), layout="constrained")
     ratios = {"width_ratios": widths, "height_ratios": heights}
     axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=ratios)

@@ -46,8 +46,10 @@ _SMALLEST = 64  # pixels along a side of an image, so that stride 32 has more th
 
 _IGNORED_SHARE = 0.5
 """Of a candidate's area: with so much of it in one ignored region it teaches nothing."""
-_PAIRS_AT_ONCE = 2**24
-"""Of boxes that are compared; some numbers are kept for each."""
+_MOST_PAIRS = 2**24
+"""Of anchors and objects that torchvision compares at once, with some numbers for each in memory."""
+_PAIRS_AT_ONCE = 2**20
+"""Of them where there are more, and of candidates and ignored regions: so few stay in a processor's cache."""
 _MASKS_AT_ONCE = 16
 """Over a whole image, of those that the mask head learns."""
 
@@ -335,17 +337,20 @@ class Detector(nn.Module):
         )
         convolutions = [head_width] * 4
         norm_layer: Any = chosen.norm_layer
+        of_boxes = (
+            _RegionPooling(7, strides),
+            FastRCNNConvFCHead((head_width, 7, 7), convolutions, [box_width], norm_layer),
+            _BoxPredictor(box_width, num_classes + 1),
+        )
         of_masks: dict[str, Any] = {}
-        if masks:
+        if masks:  # last, so that what a seed makes of the other parts does not depend on it
             of_masks = {
                 "mask_roi_pool": _RegionPooling(14, strides),
                 "mask_head": MaskRCNNHeads(head_width, convolutions, 1, norm_layer),
                 "mask_predictor": MaskRCNNPredictor(head_width, head_width, num_classes + 1),
             }
         self.roi_heads = _Regions(
-            _RegionPooling(7, strides),
-            FastRCNNConvFCHead((head_width, 7, 7), convolutions, [box_width], norm_layer),
-            _BoxPredictor(box_width, num_classes + 1),
+            *of_boxes,
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
             batch_size_per_image=rois,
@@ -521,7 +526,7 @@ class _Proposals(RegionProposalNetwork):
         """Of each image labels (A,), 1 object, 0 none, -1 without a part in the loss, and objects' boxes (A, 4)."""
         labels, boxes = [], []
         for of_image, target in zip(anchors, targets, strict=True):
-            if len(target["boxes"]) * len(of_image) <= _PAIRS_AT_ONCE:
+            if len(target["boxes"]) * len(of_image) <= _MOST_PAIRS:
                 (label,), (box,) = super().assign_targets_to_anchors([of_image], [target])
             else:
                 label, box = self._assigned_in_parts(of_image, target["boxes"])
