@@ -93,7 +93,11 @@ def test_pictures_come_with_their_objects_in_the_order_of_the_file(coco, noise):
         file.close()
         found.append(annotation)
     assert found[0] == Annotation(
-        SIZE, (1, 2), ((4, 6, 10, 8), (7, 3, 2, 5)), (ENTRIES[0]["segmentation"], ENTRIES[3]["segmentation"])
+        SIZE,
+        (1, 2),
+        ((4, 6, 10, 8), (7, 3, 2, 5)),
+        (ENTRIES[0]["segmentation"], ENTRIES[3]["segmentation"]),
+        ignored=((0, 0, 20, 20),),
     )
     assert found[1] == Annotation(SIZE, (), (), ())
     assert found[2] == Annotation(SIZE, (3,), ((1, 2, 3, 4),), (ENTRIES[1]["segmentation"],))
@@ -169,7 +173,6 @@ BROKEN = {
     "odd": (entry(4, segmentation=[[0, 0, 5, 5, 1, 2, 3]]), "a polygon has 7 numbers, not three points or more"),
     "words": (entry(4, segmentation=[[0, 0, 5, 5, 1, "a"]]), "a polygon is not a list of finite numbers"),
     "far": (entry(4, segmentation=[[0, 0, 5, 5, 1, 1e9]]), "a polygon lies far outside the 32x24 image"),
-    "no segmentation": (entry(4, segmentation=[]), "it has no segmentation"),
     "other size": (
         entry(4, segmentation=compressed(rectangle(1, 1, 2, 2, (32, 24)))),
         "its run lengths are of another size than the 32x24 image",
@@ -320,3 +323,31 @@ def test_cocos_folder_and_paths_that_replace_its_parts(tmp_path):
         find_coco(tmp_path, "val", images=tmp_path / "nowhere", flags=("--val-annotations", "--val-images"))
     with pytest.raises(UserError, match="give it as --data, or another path with --images"):
         find_coco(None, "train", annotations)
+
+
+# Masks that are missing
+
+
+def test_objects_without_a_mask_among_others_are_counted_and_have_their_boxes(coco):
+    source = coco([entry(1), entry(2, segmentation=[]), {**entry(3), "segmentation": None}])
+    annotation = source.annotation(0)
+    assert [segmentation is None for segmentation in annotation.segmentations] == [False, True, True]
+    assert [mask is None for mask in annotation.masks()] == [False, True, True]
+    (finding,) = source.findings
+    assert finding.summary == "2 objects without a mask, which teach their boxes alone"
+    assert [item.partition(": ")[2] for item in finding.items] == [
+        f"annotation {number} of image 5" for number in (2, 3)
+    ]
+
+
+def test_where_no_object_has_a_mask_only_boxes_are_read_and_only_where_that_is_asked(coco_files, coco):
+    bare = [
+        {key: value for key, value in entry(number).items() if key not in ("segmentation", "area")} for number in (1, 2)
+    ]
+    with pytest.raises(UserError, match=r"2 of the 2 annotations are broken, .*it has no segmentation; --masks false"):
+        coco(bare)
+    source = open_coco(*coco_files(bare, CATEGORIES), masks=False)
+    assert source.findings == []
+    assert source.annotation(0).segmentations == (None, None)
+    areas = [found["area"] for found in source.ground_truth()["annotations"]]
+    assert areas == [found["bbox"][2] * found["bbox"][3] for found in bare]

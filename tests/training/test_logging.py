@@ -63,6 +63,12 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
     assert math.isnan(read_metrics(tmp_path)[0]["loss"])
 
 
+def test_a_figure_that_is_none_is_a_dash_on_the_terminal(tmp_path, capsys):
+    log = RunLog(tmp_path, LoggingOptions())
+    log.evaluation(3, 0, {"box_AP": 0.25, "mask_AP": math.nan})
+    assert "box_AP 0.2500  mask_AP -" in capsys.readouterr().err
+
+
 def test_other_processes_stay_silent(tmp_path, capsys):
     log = RunLog(tmp_path / "run", LoggingOptions(), active=False)
     log.start(1, 1, 0)

@@ -22,7 +22,7 @@ def shares_table(
     """
     rows = list(rows)
     missing = any(math.isnan(share) for _, *shares in rows for share in shares)
-    caption = "-: the images have none; means are over the others" if missing else None
+    caption = "-: the images have none" if missing else None
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column(first, overflow="fold")
     for name in names:
