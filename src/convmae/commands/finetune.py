@@ -148,7 +148,10 @@ def _finish(finished: Finished[Classifier, Accuracy], classes: list[str]) -> Fin
             rows = csv.writer(file)
             rows.writerow(["class", "images", "accuracy"])
             counts = accuracy.confusion.sum(dim=1).tolist()
-            rows.writerows((name, count, share) for (name, share), count in zip(per_class.items(), counts, strict=True))
+            rows.writerows(
+                (name, count, "" if math.isnan(share) else share)
+                for (name, share), count in zip(per_class.items(), counts, strict=True)
+            )
     tested = {name: share for name, share in per_class.items() if not math.isnan(share)}
     hardest = sorted(tested, key=tested.__getitem__)[:5]
     finished.summary(

@@ -194,7 +194,7 @@ def bare(copied, change_annotations):
     return copied
 
 
-def test_boxes_alone_are_learned_judged_and_predicted(bare, paper_file, tmp_path, small_detection, capsys):
+def test_boxes_alone_are_learned_judged_and_predicted(bare, scenes, paper_file, tmp_path, small_detection, capsys):
     with pytest.raises(convmae.UserError, match=r"it has no segmentation.*--masks false"):
         small_detection(bare, tmp_path / "run", paper_file)
     run = small_detection(bare, tmp_path / "run", paper_file, epochs=1, masks=False, max_detections=30)
@@ -226,7 +226,7 @@ def test_boxes_alone_are_learned_judged_and_predicted(bare, paper_file, tmp_path
     assert len(found.pictures) == 1
 
     with pytest.raises(convmae.UserError, match="holds a run without masks: give --masks false"):
-        small_detection(run.folder.parent / "scenes", run.folder, paper_file, resume=True, masks=True)
+        small_detection(scenes, run.folder, paper_file, resume=True)
 
 
 def read_json(path):
