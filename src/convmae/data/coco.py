@@ -219,7 +219,12 @@ def open_coco(annotations: Path, images: Path, skip_damaged: bool = False, *, ma
             ([f"{annotations}: {fault}" for fault in broken], "left out {} broken annotations"),
             ([f"{images / name}: is missing" for name in missing], "left out {} images that are missing"),
             (flat, "{} objects without width or height, which teach nothing"),
-            (bare, "{} objects without a mask, which teach their boxes alone"),
+            (
+                bare,
+                "{} object has no mask and teaches its box alone"
+                if len(bare) == 1
+                else "{} objects have no mask and teach their boxes alone",
+            ),
         ),
     )
 

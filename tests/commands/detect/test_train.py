@@ -241,5 +241,5 @@ def test_objects_without_a_mask_among_others_are_counted_and_learn(
 
     change_annotations(copied, "train", drop_some)
     run = small_detection(copied, tmp_path / "run", paper_file, epochs=1)
-    assert "1 objects without a mask, which teach their boxes alone" in (run.folder / "data-report.txt").read_text()
+    assert "1 object has no mask and teaches its box alone" in (run.folder / "data-report.txt").read_text()
     assert run.quality.masks is not None
