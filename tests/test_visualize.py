@@ -190,6 +190,32 @@ def test_pictures_of_any_aspect_ratio_are_drawn_equally_long(tmp_path, figures):
         assert figures[0].bbox.containsy(place.y1)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000)])
+def test_pictures_of_a_pixel_s_width_are_drawn(tmp_path, size):
+    image, box = torch.ones(3, *size), torch.tensor([[0.0, 0.0, size[1], size[0]]])
+    objects = {"boxes": box, "labels": torch.tensor([1]), "masks": torch.ones(1, *size)}
+    detection_picture(tmp_path / "a.png", [[DrawnPicture(image, objects, "")]], ["cat"])
+    segmentation_picture(tmp_path / "b.png", [[SegmentedPicture(image, torch.zeros(size).long(), "")]], ["cat"])
+    for name in ("a.png", "b.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert max(picture.size) > 300
+
+
+def test_objects_without_masks_are_drawn_as_boxes_and_the_first_mask_is_in_front(tmp_path, figures):
+    image, boxes = torch.ones(3, 40, 40), torch.tensor([[0.0, 0.0, 40.0, 40.0]] * 2)
+    objects = {"boxes": boxes, "labels": torch.tensor([1, 2])}
+    detection_picture(tmp_path / "a.png", [[DrawnPicture(image, objects, "")]], ["cat", "dog"])
+    masks = torch.zeros(2, 40, 40)
+    masks[0, :, :30] = masks[1, :, 10:] = 1
+    detection_picture(tmp_path / "b.png", [[DrawnPicture(image, {**objects, "masks": masks}, "")]], ["cat", "dog"])
+    plain, drawn = ([cell.get_array() for cell in figure.axes[0].images] for figure in figures)
+    assert (len(plain), len(drawn)) == (1, 2)
+    first, second = (np.round(255 * np.array(colour)) for colour in matplotlib.colormaps["tab10"].colors[:2])
+    assert (drawn[1][20, [5, 20, 29], :3] == first).all()
+    assert (drawn[1][20, [30, 39], :3] == second).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
 @pytest.mark.parametrize("map_size", [(60, 90), (20, 30)])
 def test_classes_are_drawn_over_their_pictures(tmp_path, dtype, map_size):

@@ -191,9 +191,9 @@ class DrawnPicture(NamedTuple):
 
     image: Tensor
     """Colours in [0, 1], (C, H, W)."""
-    objects: Mapping[str, Tensor]
-    """N objects: "boxes" (N, 4), left, top, right and bottom in pixels, "labels" (N,) from 1, "masks" (N, H, W), and
-    perhaps "scores" (N,)."""
+    objects: Mapping[str, Any]
+    """N objects: "boxes" (N, 4), left, top, right and bottom in pixels, "labels" (N,) from 1, and perhaps "masks", N of
+    (H, W), which are taken one after the other, and "scores" (N,)."""
     title: str
 
 
@@ -203,21 +203,23 @@ def detection_picture(path: str | Path, rows: Sequence[Sequence[DrawnPicture]], 
     for cell, one in zip(cells, chain.from_iterable(rows), strict=True):
         height, width = one.image.shape[1:]
         cell.imshow(_as_colours(one.image), cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
-        _draw_objects(cell, one.objects, classes)
+        _draw_objects(cell, (height, width), one.objects, classes)
         cell.set_xlim(0, width)
         cell.set_ylim(height, 0)
     _save(figure, path)
 
 
-def _draw_objects(cell: Axes, objects: Mapping[str, Tensor], classes: Sequence[str]) -> None:
+def _draw_objects(cell: Axes, size: tuple[int, int], objects: Mapping[str, Any], classes: Sequence[str]) -> None:
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-    scores, masks = objects.get("scores"), objects["masks"].numpy().astype(bool)
+    scores = objects.get("scores")
     of_objects = [colours[(label - 1) % len(colours)] for label in objects["labels"].tolist()]
-    height, width = masks.shape[1:]
-    layer = np.zeros((height, width, 4), dtype=np.uint8)
-    for mask, colour in reversed(list(zip(masks, of_objects, strict=True))):  # the most certain in front
-        layer[mask] = [round(255 * part) for part in (*colour, 0.45)]
-    cell.imshow(layer, extent=(0, width, height, 0), interpolation="nearest")
+    height, width = size
+    if "masks" in objects:
+        layer = np.zeros((height, width, 4), dtype=np.uint8)
+        for mask, colour in zip(objects["masks"], of_objects, strict=True):
+            free = layer[:, :, 3] == 0  # the most certain, which come first, are in front
+            layer[mask.numpy().astype(bool) & free] = [round(255 * part) for part in (*colour, 0.45)]
+        cell.imshow(layer, extent=(0, width, height, 0), interpolation="nearest")
     for number, (left, top, right, bottom) in enumerate(objects["boxes"].tolist()):
         colour = of_objects[number]
         cell.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.5))

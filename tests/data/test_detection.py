@@ -8,12 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from convmae.data.coco import Annotation, open_coco
 from convmae.data.detection import LargeScaleJitter, ResizeAndPad
 from convmae.data.images import UndecodableImageError
 from convmae.data.loading import Loading, build_evaluation_loader, build_training_loader
+from convmae.data.placement import mirrored, padded_map, placed_map
 from convmae.data.sources import open_images
 from convmae.errors import UserError
 
@@ -47,8 +49,12 @@ def coco(coco_files):
 
 @pytest.fixture(scope="session")
 def sample_of(encoded):
+    """sample_of(transform, pixels, annotation, seed=0): a sample, its masks over the whole image."""
+
     def one(transform, pixels, annotation, seed=0):
         (sample,) = transform(encoded(pixels), annotation, [seed])
+        if "target" in sample and "masks" in sample["target"]:
+            sample["target"]["masks"] = sample["target"]["masks"].whole()
         return sample
 
     return one
@@ -196,6 +202,7 @@ def test_several_views_are_those_of_single_calls(encoded, noise, sample_of):
     together = jitter(encoded(pixels), annotation, [5, 6, 7])
     for seed, view in zip((5, 6, 7), together, strict=True):
         alone = sample_of(jitter, pixels, annotation, seed)
+        view["target"]["masks"] = view["target"]["masks"].whole()
         assert torch.equal(view["image"], alone["image"])
         assert all(torch.equal(view["target"][key], alone["target"][key]) for key in ("boxes", "labels", "masks"))
     assert len({view["image"].numpy().tobytes() for view in together}) == 3
@@ -214,7 +221,66 @@ def test_objects_that_vanish_are_left_out(noise, sample_of):
             "boxes": (torch.float32, (0, 4)),
             "labels": (torch.int64, (0,)),
             "masks": (torch.uint8, (0, 40, 40)),
+            "ignored": (torch.float32, (0, 4)),
         }
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    st.integers(0, 2**64 - 1),
+)
+def test_masks_are_those_that_are_resized_as_a_whole(sample_of, size, image_size, seed):
+    """Scattered pixels, of which a smaller sample shows some, or none; the boxes are torchvision's."""
+    numbers = numpy.random.default_rng(seed % 2**32)
+    masks = [(numbers.random(size) < share).astype(numpy.uint8) for share in (0.02, 0.3, 1.0)]
+    jitter = LargeScaleJitter(image_size, in_channels=1)
+    target = sample_of(jitter, numpy.zeros(size, numpy.uint8), annotated(masks), seed)["target"]
+    placement = jitter.draw(*size, seed)
+    moved = [placed_map(torch.from_numpy(mask), placement) for mask in masks]
+    whole = torch.stack([mirrored(padded_map(mask, image_size, 0), placement.crop) for mask in moved])
+    kept = whole.flatten(1).any(dim=1).bool()
+    assert torch.equal(target["masks"], whole[kept])
+    assert target["labels"].tolist() == (kept.nonzero()[:, 0] + 1).tolist()
+    assert torch.equal(target["boxes"], masks_to_boxes(whole[kept]) + torch.tensor([0, 0, 1, 1]))
+
+
+# Boxes alone, and what teaches nothing
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_boxes_of_objects_without_masks_and_of_ignored_regions_move_with_the_picture(noise, sample_of, masks):
+    """A region that is not there and an object with a box alone lie where a mask of the same rectangle does."""
+    left, top, width, height = 6, 4, 12, 8
+    truth = annotated([rectangle(left, top, width, height, (40, 60))])
+    box = (float(left), float(top), float(width), float(height))
+    bare = Annotation((40, 60), (3,), (box,), (None,), (box, (60.0, 0.0, 5.0, 5.0)))
+    seen = 0
+    for seed in range(30):
+        jitter = LargeScaleJitter((32, 32), (0.6, 2.0), masks=masks)
+        target = sample_of(jitter, noise((40, 60)), bare, seed)["target"]
+        with_mask = sample_of(LargeScaleJitter((32, 32), (0.6, 2.0)), noise((40, 60)), truth, seed)["target"]
+        factor = random.Random(seed).uniform(0.6, 2.0) * 32 / 60
+        assert target["ignored"].dtype is target["boxes"].dtype is torch.float32
+        assert ("masks" in target) is masks
+        if len(target["labels"]) and len(with_mask["labels"]):
+            seen += 1
+            assert target["labels"].tolist() == [3]
+            assert torch.equal(target["boxes"], target["ignored"])
+            assert (target["boxes"] - with_mask["boxes"]).abs().max() <= max(1, factor)
+            if masks:
+                assert not target["masks"].any()
+    assert seen > 10
+
+
+def test_boxes_are_cut_at_the_rim_and_left_out_below_a_pixel(noise, sample_of):
+    boxes = ((-10.0, -10.0, 30.0, 14.0), (3.0, 3.0, 6.0, 20.0), (38.0, 0.0, 2.0, 40.0))
+    annotation = Annotation((40, 40), (1, 2, 3), boxes, (None,) * 3, boxes)
+    target = sample_of(LargeScaleJitter((10, 10), (1.0, 1.0), 0.0), noise((40, 40)), annotation)["target"]
+    assert target["labels"].tolist() == [1, 2]
+    assert target["boxes"].tolist() == [[0, 0, 5, 1], [0.75, 0.75, 2.25, 5.75]]
+    assert target["ignored"].tolist() == [[0, 0, 5, 1], [0.75, 0.75, 2.25, 5.75], [9.5, 0, 10, 10]]
 
 
 @pytest.mark.parametrize(("in_channels", "colour"), [(1, [127]), (3, [124, 116, 104]), (4, [127] * 4)])
@@ -259,10 +325,13 @@ def test_a_whole_picture_fits_and_is_padded(size, inside, encoded, noise):
 
 
 def same(first, second):
-    keys = ("boxes", "labels", "masks")
+    keys = ("boxes", "labels", "ignored")
     return len(first) == len(second) and all(
         torch.equal(a["images"], b["images"])
-        and all(torch.equal(x[key], y[key]) for x, y in zip(a["targets"], b["targets"], strict=True) for key in keys)
+        and all(
+            all(torch.equal(x[key], y[key]) for key in keys) and torch.equal(x["masks"].whole(), y["masks"].whole())
+            for x, y in zip(a["targets"], b["targets"], strict=True)
+        )
         for a, b in zip(first, second, strict=True)
     )
 
@@ -292,7 +361,7 @@ def test_training_batches_do_not_depend_on_workers_and_a_position_continues_them
     for batch in epochs[0]:
         assert (batch["images"].dtype, batch["images"].shape) == (torch.uint8, (1, 3, 16, 20))
         (target,) = batch["targets"]
-        assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
+        assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"].whole())
         assert batch["failed"] == []
     (both,) = epoch_of(training_loader(source, aug_repeats=2))
     assert both["images"].shape == (2, 3, 16, 20)

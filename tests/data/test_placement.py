@@ -14,12 +14,15 @@ from convmae.data.placement import (
     Placement,
     fitting_factor,
     mirrored,
+    mirrored_boxes,
     padded_image,
     padded_map,
+    placed_boxes,
     placed_image,
     placed_map,
     random_part,
     resized,
+    shown_lines,
     whole,
 )
 
@@ -83,3 +86,22 @@ def test_padding_is_at_the_right_and_the_bottom(channels, colour):
     values = numpy.full((5, 7), 9, dtype=numpy.uint8)
     values[:3, :4] = pixels[0]
     assert numpy.array_equal(padded_map(torch.from_numpy(pixels[0]), (5, 7), 9), values)
+
+
+@given(SIDES, SIDES, st.integers(0, 2**32))
+def test_a_map_s_rows_and_columns_are_those_that_are_told(size, room, seed):
+    numbers = random.Random(seed)
+    placement = random_part(size, numbers.uniform(0.1, 2) * fitting_factor(size, room), room, 0.5, numbers)
+    values = torch.from_numpy(noise(*size))
+    rows, columns = shown_lines(placement)
+    assert torch.equal(values[rows][:, columns], placed_map(values, placement))
+
+
+def test_boxes_move_as_their_pixels_do():
+    """Twice as large: a box that is inside, one that is cut, one beyond."""
+    placement = Placement(Crop(4, 6, 10, 20, mirrored=True), (20, 40))
+    boxes = torch.tensor([[8.5, 5.0, 12.0, 9.25], [0.0, 0.0, 50.0, 7.0], [0.0, 0.0, 6.0, 4.0]])
+    placed = placed_boxes(boxes, placement)
+    assert placed.tolist() == [[5, 2, 12, 10.5], [0, 0, 40, 6], [0, 0, 0, 0]]
+    assert mirrored_boxes(placed, placement.crop, 50)[0].tolist() == [38, 2, 45, 10.5]
+    assert torch.equal(mirrored_boxes(placed, placement.crop._replace(mirrored=False), 50), placed)

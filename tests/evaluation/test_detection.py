@@ -263,3 +263,40 @@ def test_the_missing_library_names_its_extra(monkeypatch):
         judge_detections(truth_of(OBJECTS), [], "bbox")
     with pytest.raises(UserError, match=r"pip install 'convmae\[detection\]'"):
         results_of(1)
+
+
+# Boxes alone, and many detections
+
+
+def test_results_without_masks_have_none():
+    detections = detections_of([(2, (5, 5, 20, 20), 0.9)])
+    with_masks = coco_results(1, detections, CATEGORY_IDS)
+    del detections["masks"]
+    (result,) = coco_results(1, detections, CATEGORY_IDS)
+    assert {**result, "segmentation": with_masks[0]["segmentation"]} == with_masks[0]
+    assert "segmentation" not in result
+    assert judge_detections(truth_of(OBJECTS), [result], "bbox") == judge_detections(
+        truth_of(OBJECTS), with_masks, "bbox"
+    )
+
+
+def test_masks_of_objects_without_one_are_neither_missed_nor_false():
+    truth = truth_of([(1, 2, (5, 5, 20, 20), 0), (1, 2, (60, 60, 60, 60), 0)])
+    truth["annotations"][1]["segmentation"] = None
+    found = results_of(1, (2, (5, 5, 20, 20), 0.5), (2, (60, 60, 60, 60), 0.9))
+    assert pytest.approx(1.0) == judge_detections(truth, found, "segm").AP
+    assert pytest.approx(1.0) == judge_detections(truth, found[:1], "segm").AP
+    assert pytest.approx(1.0) == judge_detections(truth, found, "bbox").AP
+    assert pytest.approx(51 / 101) == judge_detections(truth, found[:1], "bbox").AP
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_detections_beyond_a_hundred_count_where_more_are_allowed(kind):
+    boxes = [(12 * column, 12 * row, 8, 8) for row in range(12) for column in range(12)]
+    truth = truth_of([(1, 2, box, 0) for box in boxes])
+    found = results_of(1, *[(2, box, 0.9) for box in boxes])
+    assert pytest.approx(100 / 144) == judge_detections(truth, found, kind).AR100
+    many = judge_detections(truth, found, kind, max_detections=300)
+    assert (many.AP, many.AR100, many.per_class[0]) == pytest.approx((1, 1, 1))
+    assert pytest.approx(10 / 144) == many.AR10
+    assert judge_detections(truth, found, kind, max_detections=5) == judge_detections(truth, found, kind)

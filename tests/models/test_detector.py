@@ -9,9 +9,13 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align
 
 import convmae
+from convmae import weights
+from convmae.cropped_masks import cropped_masks
+from convmae.models import detector
 from convmae.models.detector import FORMS
 from convmae.models.positions import RelativePositionTable
 
@@ -405,6 +409,7 @@ def test_a_small_detector_learns_two_images_by_heart(form):
         ({"anchor_sizes": (32, 64)}, "2 anchor sizes for 5 levels"),
         ({"anchor_sizes": (0, 8, 16, 32, 64)}, "anchors of 0 pixels cannot be"),
         ({"window": 0}, "window 0 or global blocks .* cannot be"),
+        ({"max_detections": 0}, "0 detections in an image cannot be: choose max_detections from 1 on"),
         ({"global_blocks": (0, 4)}, r"global blocks \(0, 4\) cannot be: there are 4 blocks"),
         ({"image_size": (100, 128)}, "image size 100x128 does not suit a detector: choose multiples of 32 from 64 on"),
         ({"image_size": (128, 32)}, "image size 128x32 does not suit"),
@@ -453,3 +458,197 @@ def test_a_detector_that_learns_does_not_detect():
     model = small()
     with pytest.raises(convmae.UserError, match=r"call its eval\(\) first"):
         model.train().detect(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+# What teaches nothing
+
+
+def cropped(target, without=()):
+    """A target with the masks in its boxes alone; the objects of the numbers `without` have none."""
+    boxes = [[0] * 4 if n in without else box for n, box in enumerate(target["boxes"].int().tolist())]
+    crops = [
+        mask[top:bottom, left:right] for mask, (left, top, right, bottom) in zip(target["masks"], boxes, strict=True)
+    ]
+    return {**target, "masks": cropped_masks(crops, boxes, tuple(target["masks"].shape[1:]))}
+
+
+def losses_of(model, images, targets):
+    torch.manual_seed(1)  # of the sampled anchors and regions
+    return torch.stack(list(model(images, targets)))
+
+
+@BOTH_FORMS
+def test_cropped_masks_and_no_ignored_regions_change_no_bit_of_the_losses(form, monkeypatch):
+    model, images, targets = small(form=form).train(), torch.randn(2, 3, 128, 128), some_targets(5, 2)
+    state = copy.deepcopy(model.state_dict())
+    found = []
+    for given in (targets, [{**cropped(target), "ignored": torch.zeros(0, 4)} for target in targets]):
+        for at_once in (16, 2):
+            monkeypatch.setattr(detector, "_MASKS_AT_ONCE", at_once)
+            model.load_state_dict(state)  # with its batch statistics
+            found.append(losses_of(model, images, given))
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert (found[0] > 0).all()
+
+
+def shares_inside(boxes, region):
+    """Of each box, by counting: whole numbers only."""
+    left, top, right, bottom = region
+    shares = []
+    for x0, y0, x1, y1 in boxes.tolist():
+        width, height = max(0, min(x1, right) - max(x0, left)), max(0, min(y1, bottom) - max(y0, top))
+        shares.append(width * height / ((x1 - x0) * (y1 - y0)))
+    return torch.tensor(shares)
+
+
+def test_anchors_mostly_inside_an_ignored_region_have_no_part_in_the_loss():
+    model, regions = small(), [(20, 20, 60, 70), (90, 0, 128, 30)]
+    corner = torch.randint(0, 100, (500, 2))
+    anchors = torch.cat([corner, corner + torch.randint(4, 60, (500, 2))], dim=1).float()
+    (target,) = some_targets(3)
+    (plain,), (boxes,) = model.rpn.assign_targets_to_anchors([anchors], [target])
+    ignoring = {**target, "ignored": torch.tensor(regions).float()}
+    (labels,), (same_boxes,) = model.rpn.assign_targets_to_anchors([anchors], [ignoring])
+    inside = torch.stack([shares_inside(anchors, region) for region in regions]).amax(dim=0) >= 0.5
+    assert torch.equal(labels, torch.where(inside & (plain == 0), -1.0, plain))
+    assert torch.equal(boxes, same_boxes)
+    assert (labels != plain).sum() > 20
+    assert (plain == 0).sum() > (labels == 0).sum() > 100
+
+
+def test_proposals_mostly_inside_an_ignored_region_are_not_sampled_unless_they_are_an_object_s():
+    model = small(rois=512).train()
+    (target,) = some_targets(1)
+    target["boxes"] = torch.tensor([[40.0, 40.0, 60.0, 60.0]])
+    proposals = torch.tensor(
+        [[42, 41, 60, 60], [30, 30, 45, 45], [70, 70, 90, 90], [0, 0, 20, 20], [60, 0, 128, 66]]
+    ).float()
+    target["ignored"] = torch.tensor([[25.0, 25.0, 100.0, 100.0]])
+    kept = model.roi_heads._learnable(proposals, target)
+    assert torch.equal(kept, proposals[[0, 3, 4]])
+    sampled = model.roi_heads.select_training_samples([kept], [target])
+    assert sampled[2][0].tolist()[0] == target["labels"][0]
+    assert sampled[2][0].tolist()[1:3] == [0, 0]
+
+
+@BOTH_FORMS
+def test_an_image_of_which_all_is_ignored_teaches_nothing_and_stays_finite(form):
+    model = small(form=form).train()
+    everything = {"ignored": torch.tensor([[-1000.0, -1000.0, 2000.0, 2000.0]])}
+    targets = [{**target, **everything} for target in some_targets(0, 0)]
+    losses = model(torch.randn(2, 3, 128, 128), targets)
+    losses.loss.backward()
+    assert all(loss == 0 for loss in losses)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("objects", [0, 1, 7])
+def test_many_objects_are_assigned_in_parts_as_torchvision_does_at_once(objects, monkeypatch):
+    model = small()
+    images = ImageList(torch.zeros(1, 3, 128, 128), [(128, 128)])
+    maps = [torch.zeros(1, 16, 32 >> level, 32 >> level) for level in range(5)]
+    (anchors,) = model.rpn.anchor_generator(images, maps)
+    targets = some_targets(objects)
+    if objects > 1:
+        targets[0]["boxes"][1] = torch.tensor([3.0, 3.0, 5.0, 5.0])  # an object without a good anchor
+    (expected,), (boxes,) = RegionProposalNetwork.assign_targets_to_anchors(model.rpn, [anchors], targets)
+    monkeypatch.setattr(detector, "_MOST_PAIRS", 0)
+    for objects_at_once in (1, 2, 3):
+        monkeypatch.setattr(detector, "_PAIRS_AT_ONCE", objects_at_once * len(anchors))
+        (labels,), (found,) = model.rpn.assign_targets_to_anchors([anchors], targets)
+        assert torch.equal(labels, expected)
+        assert torch.equal(found[labels == 1], boxes[labels == 1])
+
+
+# Boxes without masks
+
+
+def test_objects_without_a_mask_teach_boxes_and_no_masks():
+    """The mask head's loss is that of the other objects, and nothing else changes."""
+    model, images, targets = small(form="vitdet").train(), torch.randn(1, 3, 128, 128), some_targets(3)
+    targets[0]["boxes"] = torch.tensor([[2.0, 2, 40, 40], [50, 50, 90, 100], [60, 4, 100, 40]])  # apart
+    whole, some, none = (losses_of(model, images, [cropped(targets[0], left)]) for left in ((), (1,), (0, 1, 2)))
+    for losses in (some, none):
+        assert torch.equal(losses[[1, 2, 4, 5]], whole[[1, 2, 4, 5]])
+    assert none[3] == 0
+    assert 0 < some[3] != whole[3]
+    others = {**targets[0], "masks": targets[0]["masks"].clone()}
+    others["masks"][1] = 1 - others["masks"][1]  # what its mask would be does not matter
+    assert torch.equal(losses_of(model, images, [cropped(others, (1,))]), some)
+
+
+@BOTH_FORMS
+def test_a_detector_without_masks_learns_and_finds_boxes(form, tmp_path):
+    model = small(form=form, masks=False, max_detections=7).train()
+    assert not any("mask" in name for name in model.state_dict())
+    targets = [{key: target[key] for key in ("boxes", "labels")} for target in some_targets(3, 0)]
+    losses = model(torch.randn(2, 3, 128, 128), targets)
+    losses.loss.backward()
+    assert losses.mask == 0
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    torch.testing.assert_close(losses.loss, torch.stack(losses[1:]).sum())
+    weights.save_model(tmp_path / "model.safetensors", model)
+    loaded = convmae.load(tmp_path / "model.safetensors").eval()
+    assert (loaded.has_masks, loaded.max_detections) == (False, 7)
+    images = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        (found,), (expected,) = loaded.detect(images), model.eval().detect(images)
+    assert set(found) == {"boxes", "labels", "scores"}
+    assert torch.equal(found["boxes"], expected["boxes"])
+
+
+def test_a_seed_makes_the_same_other_parts_with_and_without_masks():
+    states = []
+    for masks in (True, False):
+        torch.manual_seed(3)
+        states.append(small(masks=masks).state_dict())
+    with_masks, without = states
+    assert all(torch.equal(with_masks[name], value) for name, value in without.items())
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_weights_with_and_without_a_mask_head_begin_each_other_s_detectors(masks, tmp_path, caplog):
+    file = tmp_path / "model.safetensors"
+    before = small(masks=not masks)
+    weights.save_model(file, before)
+    after = convmae.load_detector(file, masks=masks)
+    assert after.has_masks is masks
+    assert ("has no mask head: the model keeps its own, untrained" in caplog.text) is masks
+    assert ("has a mask head, the model has none: it is left out" in caplog.text) is not masks
+    old, new = before.state_dict(), after.state_dict()
+    assert old.keys() ^ new.keys() == {name for name in old | new if ".mask_" in name}
+    assert all(torch.equal(old[name], new[name]) for name in old.keys() & new.keys())
+
+
+# How many, and how large
+
+
+def test_there_are_as_many_detections_as_are_allowed():
+    model = settled("vitdet")
+    nn.init.zeros_(model.roi_heads.box_predictor.cls_score.weight)  # all classes are as probable
+    images = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        every = model.detect(images)[0]
+        assert len(every["boxes"]) > 5
+        model.max_detections = 5
+        five = model.detect(images)[0]
+    assert torch.equal(five["boxes"], every["boxes"][:5])
+    assert model.settings["max_detections"] == 5
+    with pytest.raises(convmae.UserError, match="choose max_detections from 1 on"):
+        model.max_detections = 0
+
+
+def test_masks_that_are_pasted_when_asked_for_are_the_whole_ones():
+    model, images = settled("vitdet"), torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        whole, lazy = (model.detect(images, original_sizes=[(70, 300)], whole_masks=flag)[0] for flag in (True, False))
+    assert len(lazy["masks"]) == len(whole["masks"]) > 5
+    assert all(torch.equal(one, other) for one, other in zip(lazy["masks"], whole["masks"], strict=True))
+    kept = torch.arange(len(whole["masks"])) % 2 == 0
+    assert torch.equal(lazy["masks"][kept].cpu().whole(), whole["masks"][kept])
+    boxes = whole["boxes"] * torch.tensor([0.5, 2.0, 0.5, 2.0])
+    raw = model(images)[0]["masks"]
+    expected = paste_masks_in_image(raw, boxes, (140, 150))[:, 0] >= 0.5
+    assert (lazy["masks"].resized((140, 150)).whole() != expected).float().mean() < 1e-3

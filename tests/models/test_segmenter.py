@@ -13,7 +13,7 @@ from transformers.models.upernet.modeling_upernet import UperNetHead as TheirUpe
 
 import convmae
 from convmae.labels import IGNORED
-from convmae.models import positions
+from convmae.models import positions, segmenter
 from convmae.models.segmenter import FCNHead, UperNetHead
 from convmae.training.optimizer import LayerDecayOptions, build_optimizer
 
@@ -401,6 +401,17 @@ def test_the_class_of_a_pixel_has_the_highest_score(num_classes, size):
     assert classes.shape == (2, *(size or (50, 70)))
     assert len(expected.argmax(dim=1).unique()) > min(num_classes, 30) // 4  # the last chunks count, too
     assert_same_classes(classes, expected)
+
+
+@pytest.mark.parametrize(("most", "at_a_time"), [(1, 1), (2 * 300 * 200 * 3, 3), (2**28, 16)])
+def test_of_a_larger_picture_fewer_classes_at_a_time_are_in_memory(monkeypatch, most, at_a_time):
+    model, images, widths = settled(num_classes=20), torch.randn(2, 3, 48, 48), []
+    expected = model.segment(images, (300, 200))
+    resized = segmenter._resized
+    monkeypatch.setattr(segmenter, "_SCORES_AT_A_TIME", most)
+    monkeypatch.setattr(segmenter, "_resized", lambda x, size: (widths.append((x.shape[1], size)), resized(x, size))[1])
+    assert torch.equal(model.segment(images, (300, 200)), expected)
+    assert max(width for width, size in widths if size == (300, 200)) == at_a_time
 
 
 def test_of_equal_scores_the_first_class_is_taken():

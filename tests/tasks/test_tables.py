@@ -28,3 +28,8 @@ def test_each_name_has_a_row_whatever_it_is():
     assert ["[/cat]", "50.0", "-"] in rows
     assert ["dog", "100.0", "25.0"] in rows
     assert "by class, %" in console.file.getvalue()
+    assert "-: the images have none" in console.file.getvalue()
+
+
+def test_a_table_without_gaps_explains_none():
+    assert shares_table("by class, %", ("boxes",), [("cat", 0.5)]).caption is None

@@ -48,7 +48,7 @@ def test_an_evaluation_joins_the_figures_of_its_step(tmp_path, capsys):
     assert (second["step"], second["epoch"], second["top1"]) == (4, 1, 0.5)
     assert math.isnan(second["top5"])
     assert "loss" not in second
-    assert "epoch 2/3  top1 0.5000  top5 nan" in capsys.readouterr().err
+    assert "epoch 2/3  top1 0.5000  top5 -" in capsys.readouterr().err
 
 
 def test_a_run_without_metrics_has_none(tmp_path):

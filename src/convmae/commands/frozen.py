@@ -118,17 +118,23 @@ class FrozenDetector(FrozenModel):
 
 
 def load_frozen_detector(
-    weights: Path, image_size: int | tuple[int, int] | None, engine: DeviceOptions, max_pixels: int | None = None
+    weights: Path,
+    image_size: int | tuple[int, int] | None,
+    engine: DeviceOptions,
+    max_pixels: int | None = None,
+    max_detections: int | None = None,
 ) -> FrozenDetector:
     """The detector of a run or weights file, frozen, on the device that `engine` names.
 
     image_size: pixels into which images are fitted, one number or height and width, multiples of 32; by default that of
-        its training. max_pixels: see `Decoding`. Raises UserError where the file holds no detector.
+        its training, as max_detections is. max_pixels: see `Decoding`. Raises UserError where there is no detector.
     """
     file = weights_files.locate(Path(weights))  # Python callers may pass a string
     network = load(file)
     if not isinstance(network, Detector):
         raise UserError(f"{weights} holds no detector: train one first, with convmae detect train")
+    if max_detections is not None:
+        network.max_detections = max_detections
     size = checked_size(network.image_size if image_size is None else height_and_width(image_size))
     fabric = start_engine(engine)
     network.to(fabric.device).eval().requires_grad_(False)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
@@ -71,6 +72,28 @@ def placed_map(values: Tensor, placement: Placement) -> Tensor:
     return functional.resize(region, list(placement.size), InterpolationMode.NEAREST_EXACT)[0]
 
 
+def shown_lines(placement: Placement) -> tuple[Tensor, Tensor]:
+    """Which row and which column of the image `placed_map` takes for those of its result, rising: int64 (H,), (W,)."""
+    crop, (height, width) = placement.crop, placement.size
+    rows, columns = torch.arange(crop.height).float()[:, None], torch.arange(crop.width).float()[None]
+    rows = functional.resize(rows[None], [height, 1], InterpolationMode.NEAREST_EXACT)[0, :, 0]
+    columns = functional.resize(columns[None], [1, width], InterpolationMode.NEAREST_EXACT)[0, 0]
+    return rows.long() + crop.top, columns.long() + crop.left
+
+
+def placed_boxes(boxes: Tensor, placement: Placement) -> Tensor:
+    """What is seen of boxes float (N, 4), left, top, right and bottom in pixels, not mirrored -> (N, 4).
+
+    A box beyond the part of the image has no width or no height.
+    """
+    crop, (height, width) = placement.crop, placement.size
+    corner, part, sides = (
+        torch.tensor(pair * 2, dtype=boxes.dtype)
+        for pair in ([crop.left, crop.top], [crop.width, crop.height], [width, height])
+    )
+    return ((boxes - corner) * sides / part).clamp_min(0).minimum(sides)
+
+
 def padded_image(image: Tensor, size: tuple[int, int], colour: Sequence[float] | None = None) -> Tensor:
     """uint8 (C, h, w) -> (C, H, W) with a colour at the right and the bottom, by default the mean one."""
     return _padded(image, size, Decoding(len(image)).padding_colour if colour is None else colour)
@@ -89,3 +112,9 @@ def _padded(pixels: Tensor, size: tuple[int, int], fill: Sequence[float]) -> Ten
 def mirrored(pixels: Tensor, crop: Crop) -> Tensor:
     """(..., H, W) left to right where the crop is mirrored."""
     return functional.horizontal_flip(pixels) if crop.mirrored else pixels
+
+
+def mirrored_boxes(boxes: Tensor, crop: Crop, width: int) -> Tensor:
+    """Boxes (N, 4) of an image of this width, left to right where the crop is mirrored."""
+    left, top, right, bottom = boxes.unbind(dim=1)
+    return torch.stack([width - right, top, width - left, bottom], dim=1) if crop.mirrored else boxes

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy
-from torch import Tensor
 
 from convmae.errors import check_installed
 
@@ -37,6 +36,7 @@ class CocoFigures:
     """Average recall of the best detection of each class in an image."""
     AR10: float
     AR100: float
+    """Of 100, or of the most detections in an image where more were allowed, as AP, too."""
     ARs: float
     ARm: float
     ARl: float
@@ -45,32 +45,31 @@ class CocoFigures:
 
 
 def coco_results(
-    image_id: int | float | str, detections: Mapping[str, Tensor], category_ids: Sequence[int | float | str]
+    image_id: int | float | str, detections: Mapping[str, Any], category_ids: Sequence[int | float | str]
 ) -> list[dict[str, Any]]:
     """The detections of an image as COCO's results, which JSON can hold.
 
     detections: "boxes" (N, 4), left, top, right and bottom in pixels of the image, "labels" (N,) from 1, "scores"
-    (N,) and "masks", bool or uint8 (N, H, W). category_ids: ids in the user's file, that of label L at L - 1. Raises
-    UserError without faster-coco-eval.
+    (N,) and, perhaps, "masks", N of bool or uint8 (H, W), which are taken one after the other. category_ids: ids in the
+    user's file, that of label L at L - 1. Raises UserError without faster-coco-eval.
     """
     check_installed("detection", "COCO's figures need faster-coco-eval", "faster_coco_eval")
     from faster_coco_eval.core import mask
 
-    results = []
     boxes, labels, scores = (detections[key].tolist() for key in ("boxes", "labels", "scores"))
-    for (left, top, right, bottom), label, score, pixels in zip(
-        boxes, labels, scores, detections["masks"], strict=True
-    ):
-        lengths = mask.encode(numpy.asfortranarray(pixels.cpu().numpy().astype(numpy.uint8)))
-        results.append(
-            {
-                "image_id": image_id,
-                "category_id": category_ids[label - 1],
-                "bbox": [left, top, right - left, bottom - top],
-                "score": score,
-                "segmentation": {"size": list(lengths["size"]), "counts": lengths["counts"].decode("ascii")},
-            }
-        )
+    results: list[dict[str, Any]] = [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[label - 1],
+            "bbox": [left, top, right - left, bottom - top],
+            "score": score,
+        }
+        for (left, top, right, bottom), label, score in zip(boxes, labels, scores, strict=True)
+    ]
+    if "masks" in detections:
+        for result, pixels in zip(results, detections["masks"], strict=True):
+            lengths = mask.encode(numpy.asfortranarray(pixels.cpu().numpy().view(numpy.uint8)))
+            result["segmentation"] = {"size": list(lengths["size"]), "counts": lengths["counts"].decode("ascii")}
     return results
 
 
@@ -79,12 +78,14 @@ def judge_detections(
     results: Sequence[Mapping[str, Any]],
     kind: Literal["bbox", "segm"],
     image_ids: Collection[int | float | str] | None = None,
+    max_detections: int = 100,
 ) -> CocoFigures:
     """COCO's figures of results by their boxes or their masks.
 
     ground_truth: the content of an annotation file in COCO's format; results: entries of `coco_results`, of any images;
-    image_ids: those that count, all where None. Detections inside crowds do not count. Raises UserError without
-    faster-coco-eval.
+    image_ids: those that count, all where None; max_detections: how many of a class and an image count, 100 at least,
+    which is COCO's number. Detections inside crowds do not count, nor, for masks, those in boxes of objects whose
+    segmentation is None. Raises UserError without faster-coco-eval.
     """
     check_installed("detection", "COCO's figures need faster-coco-eval", "faster_coco_eval")
     from faster_coco_eval import COCO, COCOeval_faster
@@ -102,6 +103,8 @@ def judge_detections(
         return {**entry, "image_id": numbers[entry["image_id"]], "category_id": labels[entry["category_id"]]}
 
     objects = [numbered(entry) for entry in ground_truth["annotations"] if entry["image_id"] in judged]
+    if kind == "segm":
+        objects = [entry if entry.get("segmentation") is not None else _as_crowd(entry) for entry in objects]
     truth = COCO(
         {
             "images": [{**image, "id": numbers[image["id"]]} for image in images],
@@ -118,10 +121,18 @@ def judge_detections(
         if result["image_id"] in judged
     ]
     evaluation = COCOeval_faster(truth, truth.loadRes(found), kind, print_function=_logger.debug)
+    evaluation.params.maxDets = [1, 10, max(100, max_detections)]
     evaluation.run()
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # overlaps, recalls, classes; any size, 100 detections
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # overlaps, recalls, classes; any size, most detections
     classes = numpy.moveaxis(precision, 2, 0).reshape(precision.shape[2], -1)
     return _figures(evaluation.stats, classes.mean(axis=1))
+
+
+def _as_crowd(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An object of which no mask is known, as a crowd that fills its box."""
+    left, top, width, height = entry["bbox"]
+    corners = [left, top, left + width, top, left + width, top + height, left, top + height]
+    return {**entry, "segmentation": [corners], "iscrowd": 1}
 
 
 def _figures(summary: Iterable[float], per_class: Iterable[float]) -> CocoFigures:

@@ -1,11 +1,12 @@
-"""Mask R-CNN on the encoder, in the paper's form and in ViTDet's.
+"""Mask R-CNN on the encoder, or Faster R-CNN where there are no masks, in the paper's form and in ViTDet's.
 
 torchvision's detection parts do the detecting: anchors, proposals, matching, losses, suppression. Here are the two ways
 from the encoder to a feature pyramid, and how it all is put together. Shape letters: B batch, C channels, H height and
 W width in pixels, N objects.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log2
@@ -14,19 +15,26 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import binary_cross_entropy_with_logits, max_pool2d
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, RPNHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_image
+from torchvision.models.detection.roi_heads import (
+    RoIHeads,
+    fastrcnn_loss,
+    maskrcnn_inference,
+    paste_masks_in_image,
+    project_masks_on_boxes,
+)
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
 from convmae import weights
+from convmae.cropped_masks import CroppedMasks
 from convmae.errors import UserError
 from convmae.models.attention import AttentionOnMaps
 from convmae.models.backbone import Backbone, prefixed_matcher, refuse_settings
@@ -36,9 +44,21 @@ from convmae.models.fitting import fit_downstream
 
 _SMALLEST = 64  # pixels along a side of an image, so that stride 32 has more than one cell
 
-Target = dict[str, Tensor]
+_IGNORED_SHARE = 0.5
+"""Of a candidate's area: with so much of it in one ignored region it teaches nothing."""
+_MOST_PAIRS = 2**24
+"""Of anchors and objects that torchvision compares at once, with some numbers for each in memory."""
+_PAIRS_AT_ONCE = 2**20
+"""Of them where there are more, and of candidates and ignored regions: so few stay in a processor's cache."""
+_MASKS_AT_ONCE = 16
+"""Over a whole image, of those that the mask head learns."""
+
+Target = dict[str, Any]
 """An image's objects in torchvision's form: boxes (N, 4) float x1 y1 x2 y2, labels (N,) int64 from 1 on, masks
-(N, H, W) uint8, all in pixels of the image that the detector sees."""
+(N, H, W) uint8 or CroppedMasks, of which objects may lack one, all in pixels of the image that the detector sees; and
+perhaps ignored, (M, 4) float, boxes of regions that teach nothing."""
+
+_log = logging.getLogger(__name__)
 
 
 class MultiScalePyramid(nn.Module):
@@ -168,8 +188,44 @@ class DetectionLosses(NamedTuple):
     classification: Tensor
     box: Tensor
     mask: Tensor
+    """0 in a detector without masks."""
     objectness: Tensor
     proposal: Tensor
+
+
+class PastedMasks:
+    """The masks of detections over the whole image, each made when it is asked for: all would fill the memory."""
+
+    def __init__(self, shares: Tensor, boxes: Tensor, size: tuple[int, int]) -> None:
+        """shares: probabilities inside the boxes, (N, 1, h, w); boxes: (N, 4) in pixels; size: the image's (H, W)."""
+        self._shares, self._boxes, self.size = shares, boxes, size
+
+    def __len__(self) -> int:
+        return len(self._boxes)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yields each object's mask, bool (H, W): where its probability is at least a half."""
+        for share, box in zip(self._shares.float(), self._boxes, strict=True):
+            yield paste_masks_in_image(share[None], box[None], self.size)[0, 0] >= 0.5
+
+    def __getitem__(self, chosen: Tensor) -> "PastedMasks":
+        """The masks of some objects; chosen: bool (N,), or their numbers."""
+        return PastedMasks(self._shares[chosen], self._boxes[chosen], self.size)
+
+    def cpu(self) -> "PastedMasks":
+        """The same in the processor's memory."""
+        return PastedMasks(self._shares.cpu(), self._boxes.cpu(), self.size)
+
+    def resized(self, size: tuple[int, int]) -> "PastedMasks":
+        """The masks over the image resized to another (H, W)."""
+        return PastedMasks(self._shares, resize_boxes(self._boxes, list(self.size), list(size)), size)
+
+    def whole(self) -> Tensor:
+        """All masks, bool (N, H, W)."""
+        masks = torch.empty(len(self), *self.size, dtype=torch.bool, device=self._boxes.device)
+        for mask, pasted in zip(masks, self, strict=True):
+            mask.copy_(pasted)
+        return masks
 
 
 class Detector(nn.Module):
@@ -188,6 +244,8 @@ class Detector(nn.Module):
     anchor_sizes: sides of the anchors in pixels, one a level; three aspect ratios each.
     proposals, rois: boxes that the first stage proposes for an image, and of these in training the ones that the
         second learns from.
+    masks: whether there is a mask head; without one it is a Faster R-CNN, which finds boxes alone.
+    max_detections: the most objects that are found in an image; 100 is COCO's.
     """
 
     kind = "detector"
@@ -210,6 +268,8 @@ class Detector(nn.Module):
         rois: int = 512,
         classes: Sequence[str] | None = None,
         category_ids: Sequence[int | float | str] | None = None,
+        masks: bool = True,
+        max_detections: int = 100,
         **changes: Any,
     ) -> None:
         super().__init__()
@@ -220,6 +280,8 @@ class Detector(nn.Module):
         for what, given in (("names", classes), ("category ids", category_ids)):
             if given is not None and len(given) != num_classes:
                 raise UserError(f"{len(given)} {what} for {num_classes} classes: give one to each")
+        if max_detections < 1:
+            raise UserError(f"{max_detections} detections in an image cannot be: choose max_detections from 1 on")
         chosen = FORMS[form]
         self.image_size = checked_size((1024, 1024) if image_size is None else height_and_width(image_size))
         self.encoder: Any  # a Backbone and a module: no type says both
@@ -258,9 +320,11 @@ class Detector(nn.Module):
             "rois": rois,
             "classes": None if classes is None else list(classes),
             "category_ids": None if category_ids is None else list(category_ids),
+            "masks": masks,
+            "max_detections": max_detections,
         }
         ratios = (0.5, 1.0, 2.0)
-        self.rpn = RegionProposalNetwork(
+        self.rpn = _Proposals(
             _Anchors(tuple((side,) for side in anchor_sizes), (ratios,) * len(anchor_sizes)),
             _ProposalHead(head_width, len(ratios), conv_depth=2),
             fg_iou_thresh=0.7,
@@ -273,10 +337,20 @@ class Detector(nn.Module):
         )
         convolutions = [head_width] * 4
         norm_layer: Any = chosen.norm_layer
-        self.roi_heads = RoIHeads(
+        of_boxes = (
             _RegionPooling(7, strides),
             FastRCNNConvFCHead((head_width, 7, 7), convolutions, [box_width], norm_layer),
             _BoxPredictor(box_width, num_classes + 1),
+        )
+        of_masks: dict[str, Any] = {}
+        if masks:  # last, so that what a seed makes of the other parts does not depend on it
+            of_masks = {
+                "mask_roi_pool": _RegionPooling(14, strides),
+                "mask_head": MaskRCNNHeads(head_width, convolutions, 1, norm_layer),
+                "mask_predictor": MaskRCNNPredictor(head_width, head_width, num_classes + 1),
+            }
+        self.roi_heads = _Regions(
+            *of_boxes,
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
             batch_size_per_image=rois,
@@ -284,10 +358,8 @@ class Detector(nn.Module):
             bbox_reg_weights=None,  # 10, 10, 5, 5
             score_thresh=0.05,
             nms_thresh=0.5,
-            detections_per_img=100,
-            mask_roi_pool=_RegionPooling(14, strides),
-            mask_head=MaskRCNNHeads(head_width, convolutions, 1, norm_layer),
-            mask_predictor=MaskRCNNPredictor(head_width, head_width, num_classes + 1),
+            detections_per_img=max_detections,
+            **of_masks,
         )
 
     @property
@@ -313,6 +385,22 @@ class Detector(nn.Module):
         """Names of the classes, or their numbers from 1 on where nobody gave names."""
         return self._head["classes"] or [str(number) for number in range(1, self.num_classes + 1)]
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether it finds masks; otherwise boxes alone."""
+        return self._head["masks"]
+
+    @property
+    def max_detections(self) -> int:
+        """The most objects that are found in an image; it may be changed."""
+        return self.roi_heads.detections_per_img
+
+    @max_detections.setter
+    def max_detections(self, number: int) -> None:
+        if number < 1:
+            raise UserError(f"{number} detections in an image cannot be: choose max_detections from 1 on")
+        self.roi_heads.detections_per_img = self._head["max_detections"] = number
+
     def forward(
         self, images: Tensor, targets: Sequence[Target] | None = None, sizes: Sequence[tuple[int, int]] | None = None
     ) -> Any:
@@ -321,8 +409,11 @@ class Detector(nn.Module):
         images: (B, C, H, W), uint8 or normalised float, H and W multiples of 32. targets: of each image, in training.
         sizes: height and width of each image without its padding, which is right and below; by default all is image.
 
-        Returns DetectionLosses, or for each image boxes (N, 4), labels (N,), scores (N,) and masks (N, 1, 28, 28),
-        which are probabilities inside their boxes. All boxes are in pixels of `images`.
+        Returns DetectionLosses, or for each image boxes (N, 4), labels (N,), scores (N,) and, in a detector with masks,
+        masks (N, 1, 28, 28), which are probabilities inside their boxes. All boxes are in pixels of `images`.
+
+        Anchors and proposals that are no object's and lie by half of their own area or more in an ignored region have
+        no part in the losses; neither have masks of objects that have none.
         """
         height, width = checked_size(images.shape[-2:])
         maps = self.encoder.forward_intermediates(images, output_fmt="NHWC", intermediates_only=True)
@@ -336,7 +427,8 @@ class Detector(nn.Module):
         losses = (
             of_boxes["loss_classifier"],
             of_boxes["loss_box_reg"],
-            of_boxes["loss_mask"].float(),  # without objects it is in the convolutions' type, on other devices not
+            # Without objects it is in the convolutions' type, on other devices not.
+            of_boxes["loss_mask"].float() if self.has_masks else torch.zeros((), device=images.device),
             of_proposals["loss_objectness"],
             of_proposals["loss_rpn_box_reg"],
         )
@@ -348,14 +440,15 @@ class Detector(nn.Module):
         images: Tensor,
         sizes: Sequence[tuple[int, int]] | None = None,
         original_sizes: Sequence[tuple[int, int]] | None = None,
+        whole_masks: bool = True,
     ) -> list[Target]:
-        """What is in each image, in evaluation mode: at most 100 objects, the most probable first.
+        """What is in each image, in evaluation mode: at most `max_detections` objects, the most probable first.
 
         images, sizes: see `forward`. original_sizes: height and width of each image before it was resized to `sizes`;
-        by default the same.
+        by default the same. whole_masks: otherwise masks are PastedMasks, of which one at a time is in memory.
 
-        Returns for each image boxes (N, 4), labels (N,) from 1 on, scores (N,) in [0, 1] and masks (N, H, W) bool, in
-        pixels of the original image. Raises UserError in training mode.
+        Returns for each image boxes (N, 4), labels (N,) from 1 on, scores (N,) in [0, 1] and, in a detector with masks,
+        masks (N, H, W) bool, in pixels of the original image. Raises UserError in training mode.
         """
         if self.training:
             raise UserError("a detector in training mode learns: call its eval() first")
@@ -363,11 +456,10 @@ class Detector(nn.Module):
         found = []
         for detection, size, original in zip(self(images, sizes=sizes), sizes, original_sizes or sizes, strict=True):
             boxes = resize_boxes(detection["boxes"], list(size), list(original))
-            masks = torch.empty(len(boxes), *original, dtype=torch.bool, device=boxes.device)
-            for mask, inside, box in zip(masks, detection["masks"].float(), boxes, strict=True):
-                # One at a time: a hundred in float32 are gigabytes for a photo of 12 megapixels.
-                mask.copy_(paste_masks_in_image(inside[None], box[None], tuple(original))[0, 0] >= 0.5)
-            found.append({**detection, "boxes": boxes, "masks": masks})
+            found.append({**detection, "boxes": boxes})
+            if self.has_masks:
+                pasted = PastedMasks(detection["masks"], boxes, (original[0], original[1]))
+                found[-1]["masks"] = pasted.whole() if whole_masks else pasted
         return found
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -389,7 +481,17 @@ class Detector(nn.Module):
 def fit_detector(state: weights.StateDict, model: Detector) -> weights.StateDict:
     """Make the weights of any model with an encoder fit a detector, which keeps its own where they lack a part."""
     last_layers = (boxes := "roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
-    return fit_downstream(state, model.state_dict(), last_layers, f"{boxes}cls_score.bias", background=1)
+    own = model.state_dict()
+    of_masks = ("roi_heads.mask_head.", "roi_heads.mask_predictor.")
+    if any(name.startswith("roi_heads.") for name in state):
+        had = any(name.startswith(of_masks) for name in state)
+        if had and not model.has_masks:
+            _log.warning("the weights' detector has a mask head, the model has none: it is left out")
+            state = {name: value for name, value in state.items() if not name.startswith(of_masks)}
+        elif model.has_masks and not had:
+            _log.warning("the weights' detector has no mask head: the model keeps its own, untrained")
+            state = {**state, **{name: value for name, value in own.items() if name.startswith(of_masks)}}
+    return fit_downstream(state, own, last_layers, f"{boxes}cls_score.bias", background=1)
 
 
 class _Anchors(AnchorGenerator):
@@ -413,6 +515,176 @@ class _BoxPredictor(FastRCNNPredictor):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores, boxes = super().forward(x)
         return scores.float(), boxes.float()
+
+
+class _Proposals(RegionProposalNetwork):
+    """The first stage, of which anchors in ignored regions learn nothing, with as little memory for many objects."""
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Any]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each image labels (A,), 1 object, 0 none, -1 without a part in the loss, and objects' boxes (A, 4)."""
+        labels, boxes = [], []
+        for of_image, target in zip(anchors, targets, strict=True):
+            if len(target["boxes"]) * len(of_image) <= _MOST_PAIRS:
+                (label,), (box,) = super().assign_targets_to_anchors([of_image], [target])
+            else:
+                label, box = self._assigned_in_parts(of_image, target["boxes"])
+            negative = label == 0
+            labels.append(label.masked_fill(negative & _is_ignored(of_image, target), -1.0))
+            boxes.append(box)
+        return labels, boxes
+
+    def _assigned_in_parts(self, anchors: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for one image, some of the objects at a time."""
+        best = anchors.new_full((len(anchors),), -1.0)
+        nearest = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
+        is_favourite = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
+        first = 0
+        for some in objects.split(max(1, _PAIRS_AT_ONCE // len(anchors))):
+            overlaps = box_iou(some, anchors)
+            highest, number = overlaps.max(dim=0)
+            higher = highest > best
+            best, nearest = torch.where(higher, highest, best), torch.where(higher, number + first, nearest)
+            # The anchors nearest to an object are its own, however far away.
+            is_favourite |= (overlaps == overlaps.amax(dim=1, keepdim=True)).any(dim=0)
+            first += len(some)
+        matcher = self.proposal_matcher
+        is_object = (best >= matcher.high_threshold) | is_favourite
+        label = is_object.float().masked_fill(~is_object & (best >= matcher.low_threshold), -1.0)
+        return label, objects[torch.where(is_object, nearest, 0)]
+
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of objectness and boxes; 0 where no anchor has a part in them, of which the mean is not a number."""
+        if all(bool((label < 0).all()) for label in labels):
+            return objectness.sum() * 0, pred_bbox_deltas.sum() * 0
+        return super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
+
+
+class _Regions(RoIHeads):
+    """The second stage, of which proposals in ignored regions and objects without a mask teach no more than they can.
+
+    torchvision's takes the masks of all objects at once, in float32; here they are taken some at a time.
+    """
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Any]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Detections in evaluation mode, losses by torchvision's names in training mode; the other one is empty."""
+        if not self.training:
+            scores, shifts = self._of_boxes(features, proposals, image_shapes)
+            found = [
+                {"boxes": box, "labels": label, "scores": score}
+                for box, score, label in zip(
+                    *self.postprocess_detections(scores, shifts, proposals, image_shapes), strict=True
+                )
+            ]
+            if self.has_mask():
+                logits = self._of_masks(features, [one["boxes"] for one in found], image_shapes)
+                for one, mask in zip(found, maskrcnn_inference(logits, [one["labels"] for one in found]), strict=True):
+                    one["masks"] = mask
+            return found, {}
+        assert targets is not None
+        proposals = [self._learnable(*pair) for pair in zip(proposals, targets, strict=True)]
+        proposals, matched, labels, shifts_of_objects = self.select_training_samples(proposals, targets)
+        scores, shifts = self._of_boxes(features, proposals, image_shapes)
+        if len(scores):
+            classification, box = fastrcnn_loss(scores, shifts, labels, shifts_of_objects)
+        else:  # all is ignored
+            classification, box = scores.sum() * 0, shifts.sum() * 0
+        losses = {"loss_classifier": classification, "loss_box_reg": box}
+        if self.has_mask():
+            losses["loss_mask"] = self._mask_loss(features, proposals, image_shapes, matched, labels, targets)
+        return [], losses
+
+    def _of_boxes(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        return self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
+
+    def _of_masks(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        pool, head, predictor = self.mask_roi_pool, self.mask_head, self.mask_predictor
+        assert pool is not None
+        assert head is not None
+        assert predictor is not None
+        return predictor(head(pool(features, boxes, image_shapes)))
+
+    def _learnable(self, proposals: Tensor, target: dict[str, Any]) -> Tensor:
+        """The proposals (P, 4) of an image without those in ignored regions that are no object's."""
+        ignored = _is_ignored(proposals, target)
+        if len(target["boxes"]):
+            overlaps = box_iou(target["boxes"].to(proposals.dtype), proposals).amax(dim=0)
+            ignored &= overlaps < self.proposal_matcher.high_threshold
+        return proposals[~ignored]
+
+    def _mask_loss(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[dict[str, Any]],
+    ) -> Tensor:
+        """The mask head's loss on the proposals that are an object's with a mask."""
+        boxes, numbers, classes = [], [], []
+        for proposal, number, label, target in zip(proposals, matched, labels, targets, strict=True):
+            positive = label > 0
+            if isinstance(target["masks"], CroppedMasks):
+                known = target["masks"].known
+                positive &= known[number] if len(known) else False
+            boxes.append(proposal[positive])
+            numbers.append(number[positive])
+            classes.append(label[positive])
+        logits = self._of_masks(features, boxes, image_shapes)
+        if not len(logits):
+            return logits.sum() * 0
+        side = logits.shape[-1]
+        wanted = torch.cat(
+            [
+                _masks_in_boxes(target["masks"], box, number, side)
+                for target, box, number in zip(targets, boxes, numbers, strict=True)
+            ]
+        )
+        own = logits[torch.arange(len(logits), device=logits.device), torch.cat(classes)]
+        return binary_cross_entropy_with_logits(own, wanted)
+
+
+def _is_ignored(candidates: Tensor, target: dict[str, Any]) -> Tensor:
+    """Which candidates, boxes (K, 4), lie by half of their area or more in one of the target's ignored regions."""
+    ignored = torch.zeros(len(candidates), dtype=torch.bool, device=candidates.device)
+    regions = target.get("ignored")
+    if regions is None or not len(regions) or not len(candidates):
+        return ignored
+    least = _IGNORED_SHARE * (candidates[:, 2:] - candidates[:, :2]).prod(dim=1)
+    for some in regions.to(candidates.dtype).split(max(1, _PAIRS_AT_ONCE // len(candidates))):
+        corner = torch.maximum(candidates[:, None, :2], some[None, :, :2])
+        sides = (torch.minimum(candidates[:, None, 2:], some[None, :, 2:]) - corner).clamp_min(0)
+        ignored |= (sides.prod(dim=2) >= least[:, None]).any(dim=1)
+    return ignored
+
+
+def _masks_in_boxes(masks: Tensor | CroppedMasks, boxes: Tensor, numbers: Tensor, side: int) -> Tensor:
+    """What lies in each box (K, 4) of the mask of its object, float (K, side, side).
+
+    masks: of the image's objects; numbers: which object a box is of, (K,).
+    """
+    inside = boxes.new_zeros(len(boxes), side, side)
+    objects, of_boxes = numbers.unique(return_inverse=True)
+    for first in range(0, len(objects), _MASKS_AT_ONCE):
+        some = objects[first : first + _MASKS_AT_ONCE]
+        whole = masks.whole(some.tolist()) if isinstance(masks, CroppedMasks) else masks[some]
+        chosen = torch.where((of_boxes >= first) & (of_boxes < first + len(some)))[0]
+        inside[chosen] = project_masks_on_boxes(whole, boxes[chosen], of_boxes[chosen] - first, side)
+    return inside
 
 
 class _RegionPooling(MultiScaleRoIAlign):

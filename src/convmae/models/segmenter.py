@@ -22,6 +22,7 @@ from convmae.models.fitting import fit_downstream
 
 _SMALLEST = 3 * PATCH  # pixels along a side, so that the convolution to stride 32 finds three cells
 _CLASSES_AT_A_TIME = 16  # of scores in the size of a large image: all 150 of 12 megapixels are 7 GB
+_SCORES_AT_A_TIME = 2**28  # where so many classes of a still larger image are more
 
 
 class UperNetHead(nn.Module):
@@ -376,8 +377,9 @@ def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
 def _most_probable(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """The class of the highest score at each pixel of the resized scores: (B, N, h, w) -> int64 (B, H, W)."""
     highest: Tensor | None = None
-    for first in range(0, scores.shape[1], _CLASSES_AT_A_TIME):
-        value, found = _resized(scores[:, first : first + _CLASSES_AT_A_TIME], size).max(dim=1)
+    classes_at_a_time = min(_CLASSES_AT_A_TIME, max(1, _SCORES_AT_A_TIME // (len(scores) * size[0] * size[1])))
+    for first in range(0, scores.shape[1], classes_at_a_time):
+        value, found = _resized(scores[:, first : first + classes_at_a_time], size).max(dim=1)
         if highest is None:
             highest, classes = value, found
         else:

@@ -7,9 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 
-def percent(share: float) -> str:
-    """A share in [0, 1] in per cent, with one decimal; "-" where it is not a number."""
-    return "-" if math.isnan(share) else f"{100 * share:.1f}"
+def percent(share: float, sign: str = "") -> str:
+    """A share in [0, 1] in per cent, with one decimal and perhaps a sign; "-" where it is not a number."""
+    return "-" if math.isnan(share) else f"{100 * share:.1f}{sign}"
 
 
 def shares_table(
@@ -17,9 +17,13 @@ def shares_table(
 ) -> Table:
     """A table with a row for each (name, share, ...) of `rows`, the shares in per cent.
 
-    names: headings of the columns of shares; first: that of the column of names.
+    names: headings of the columns of shares; first: that of the column of names. A share that is not a number, as
+    there is nothing to count, is "-", which a line below the table explains.
     """
-    table = Table(title=title, title_justify="left")
+    rows = list(rows)
+    missing = any(math.isnan(share) for _, *shares in rows for share in shares)
+    caption = "-: the images have none" if missing else None
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column(first, overflow="fold")
     for name in names:
         table.add_column(name, justify="right")

@@ -110,7 +110,9 @@ class RunLog:
         """Write and print what was measured after an epoch: top1, top5, ..."""
         if self.active:
             self._write(step, epoch, values)
-            figures = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            figures = "  ".join(
+                f"{name} {'-' if math.isnan(value) else f'{value:.4f}'}" for name, value in values.items()
+            )
             self.say(f"epoch {epoch + 1}/{self._epochs}  {figures}")
 
     def _write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:

@@ -115,6 +115,29 @@ def test_pictures_of_another_size_are_detected_in_their_own_pixels(finished, sce
     assert (box_iou(large[:5], 2 * small).amax(dim=1) > 0.8).all()
 
 
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1)], ids=["tall", "wide"])
+def test_pictures_of_a_pixel_s_width_are_detected_and_drawn(paper_file, tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "narrow.png")
+    found = predict(str(tmp_path / "narrow.png"), paper_file, tmp_path / "found", threshold=0.0, engine=ON_CPU)
+    results = json.loads(found.results.read_text())
+    assert found.count == len(results)
+    assert all(result["segmentation"]["size"] == [size[1], size[0]] for result in results)
+    (picture,) = found.pictures
+    with Image.open(picture) as image:
+        assert max(image.size) > 300
+
+
+def test_masks_of_a_large_picture_are_never_all_in_memory(paper_file, tmp_path, monkeypatch):
+    """A detector that would make them whole is not asked to."""
+    monkeypatch.setattr("convmae.models.detector.PastedMasks.whole", lambda masks: pytest.fail("all masks at once"))
+    Image.effect_noise((2100, 64), 80).save(tmp_path / "large.png")
+    found = predict(str(tmp_path / "large.png"), paper_file, tmp_path / "found", 0.0, engine=ON_CPU, max_detections=3)
+    results = json.loads(found.results.read_text())
+    assert 0 < len(results) <= 3
+    assert all(result["segmentation"]["size"] == [64, 2100] for result in results)
+    assert len(found.pictures) == 1
+
+
 def test_damaged_pictures_stop_or_are_left_out(finished, copied, tmp_path, capsys):
     broken = sorted((copied / "val2017").iterdir())[0]
     broken.write_bytes(b"no picture")

@@ -1,8 +1,10 @@
 """Training a detector from end to end: what a run leaves, what it starts from, what it refuses."""
 
 import csv
+import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from safetensors.torch import load_file
 import convmae
 from convmae import weights
 from convmae.commands.detect.evaluate import evaluate
+from convmae.commands.detect.predict import predict
 from convmae.commands.detect.train import JitterOptions, train
 from convmae.data.scenes import CATEGORY_IDS, SHAPES, write_scenes
-from convmae.training.engine import EngineOptions
+from convmae.training.engine import DeviceOptions, EngineOptions
 from convmae.training.logging import read_metrics
 from convmae.training.optimizer import DetectionOptimizerOptions
 
@@ -234,3 +237,70 @@ def test_mistakes_are_refused_before_anything_is_written(scenes, paper_file, tmp
 )
 def test_the_command_line_ends_with_one_line_and_status_2(refused, arguments, message):
     refused(message, "detect", "train", *arguments)
+
+
+# Boxes without masks
+
+
+@pytest.fixture
+def bare(copied, change_annotations):
+    """Scenes whose objects have boxes alone."""
+
+    def drop_masks(content):
+        for annotation in content["annotations"]:
+            del annotation["segmentation"], annotation["area"]
+
+    for split in ("train", "val"):
+        change_annotations(copied, split, drop_masks)
+    return copied
+
+
+def test_boxes_alone_are_learned_judged_and_predicted(bare, scenes, paper_file, tmp_path, small_detection, capsys):
+    with pytest.raises(convmae.UserError, match=r"it has no segmentation.*--masks false"):
+        small_detection(bare, tmp_path / "run", paper_file)
+    run = small_detection(bare, tmp_path / "run", paper_file, epochs=1, masks=False, max_detections=30)
+    assert run.quality.masks is None
+    logged = [record for record in read_metrics(run.folder) if "box_AP" in record]
+    assert len(logged) == 1
+    assert not any(name.startswith("mask") for name in logged[0])
+    rows = list(csv.reader((run.folder / "per-class.csv").read_text().splitlines()))
+    assert rows[0] == ["class", "box_AP"]
+    with Image.open(run.picture) as image:
+        assert min(image.size) > 300
+    detector = convmae.load(run.checkpoint)
+    assert (detector.has_masks, detector.max_detections) == (False, 30)
+
+    capsys.readouterr()
+    quality = evaluate(run.folder, bare, output=tmp_path / "results.json", engine=IN_PROCESS)
+    printed = capsys.readouterr()
+    assert quality.figures == pytest.approx(run.quality.figures, abs=1e-6, nan_ok=True)
+    assert "masks" not in printed.out
+    full = list(Counter(one["image_id"] for one in read_json(tmp_path / "results.json")).values())
+    assert max(full) <= 30
+    assert ("--max-detections allows" in printed.err) is (max(full) == 30)
+    found = predict(
+        str(bare / "val2017"), run.folder, tmp_path / "found", 0.0, 1, engine=DeviceOptions("cpu", "float32", 0)
+    )
+    results = read_json(found.results)
+    assert len(results) == found.count > 0
+    assert not any("segmentation" in result for result in results)
+    assert len(found.pictures) == 1
+
+    with pytest.raises(convmae.UserError, match="holds a run without masks: give --masks false"):
+        small_detection(scenes, run.folder, paper_file, resume=True)
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def test_objects_without_a_mask_among_others_are_counted_and_learn(
+    copied, paper_file, tmp_path, change_annotations, small_detection
+):
+    def drop_some(content):
+        content["annotations"][0]["segmentation"] = []
+
+    change_annotations(copied, "train", drop_some)
+    run = small_detection(copied, tmp_path / "run", paper_file, epochs=1)
+    assert "1 object has no mask and teaches its box alone" in (run.folder / "data-report.txt").read_text()
+    assert run.quality.masks is not None

@@ -12,7 +12,13 @@ from rich.console import Console
 from convmae import UserError
 from convmae.data.detection import LargeScaleJitter
 from convmae.evaluation.detection import CocoFigures
-from convmae.tasks.detection.judge import DetectionQuality, Judge, print_quality
+from convmae.tasks.detection.judge import (
+    DetectionQuality,
+    Judge,
+    print_quality,
+    warn_of_full_images,
+    write_quality,
+)
 
 HALF = CocoFigures(*[0.5] * 12, per_class=(0.25,))
 
@@ -23,8 +29,9 @@ class Annotator(torch.nn.Module):
     def __init__(self, source, classes_known=True):
         super().__init__()
         self.source, self.known, self.asked = source, classes_known, 0
+        self.has_masks, self.max_detections = True, 100
 
-    def detect(self, images, sizes, original_sizes):
+    def detect(self, images, sizes, original_sizes, whole_masks):
         found = []
         for _ in range(len(images)):
             with self.source.open(self.asked) as file:
@@ -32,7 +39,7 @@ class Annotator(torch.nn.Module):
                 target = whole(file, self.source.annotation(self.asked), [0])[0]["target"]
             labels = target["labels"] if self.known else target["labels"] % len(self.source.classes) + 1
             found.append(
-                {**target, "labels": labels, "scores": torch.ones(len(labels)), "masks": target["masks"].bool()}
+                {**target, "labels": labels, "scores": torch.ones(len(labels)), "masks": target["masks"].whole()}
             )
             self.asked += 1
         return found
@@ -78,7 +85,7 @@ def test_pictures_that_cannot_be_decoded_are_told_and_do_not_count(coco_scenes, 
     assert len(left_out) == 1
     assert left_out[0].startswith(str(files[1]))
     with pytest.raises(UserError, match="no validation image can be decoded"):
-        judge.quality([])
+        judge.quality([], network)
 
 
 def test_without_any_object_a_detector_is_worth_nothing():
@@ -90,3 +97,35 @@ def test_a_class_may_be_called_anything():
     console = Console(file=io.StringIO(), width=80)
     print_quality(DetectionQuality(HALF, HALF), ["[/cat]"], console)
     assert "[/cat]" in console.file.getvalue()
+
+
+def test_classes_without_objects_have_no_figure_in_tables_or_files(tmp_path):
+    console = Console(file=io.StringIO(), width=80)
+    absent = replace(HALF, per_class=(0.25, math.nan))
+    print_quality(DetectionQuality(absent, absent), ["cat", "dog"], console)
+    assert "nan" not in console.file.getvalue()
+    assert "-: the images have none" in console.file.getvalue()
+    write_quality(tmp_path / "table.csv", DetectionQuality(absent, absent), ["cat", "dog"])
+    assert (tmp_path / "table.csv").read_text().split() == ["class,box_AP,mask_AP", "cat,0.25,0.25", "dog,,"]
+
+
+def test_without_masks_there_are_figures_of_boxes_alone(tmp_path):
+    quality = DetectionQuality(HALF, None)
+    assert set(quality.figures) == {"box_AP", "box_AP50"}
+    console = Console(file=io.StringIO(), width=80)
+    print_quality(quality, ["cat"], console, max_detections=300)
+    assert "masks" not in console.file.getvalue()
+    assert "AR100, recall of 300" in console.file.getvalue()
+    write_quality(tmp_path / "table.csv", quality, ["cat"])
+    assert (tmp_path / "table.csv").read_text().split() == ["class,box_AP", "cat,0.25"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [([3, 9], ""), ([3, 10], "1 image has 10 detections"), ([10, 10, 0], "2 images have 10 detections")],
+)
+def test_images_at_the_cap_are_counted(counts, said, capsys):
+    warn_of_full_images(counts, 10)
+    told = capsys.readouterr().err
+    assert (said in told) if said else told == ""
+    assert ("--max-detections" in told) is bool(said)

@@ -11,7 +11,7 @@ from convmae.commands.options import LimitOptions, spread
 from convmae.data.coco import find_coco, open_coco
 from convmae.data.inspection import inspect_images
 from convmae.errors import UserError, check_positive
-from convmae.tasks.detection.judge import DetectionQuality, Judge, print_quality
+from convmae.tasks.detection.judge import DetectionQuality, Judge, print_quality, warn_of_full_images
 from convmae.tasks.processes import gathered, process_loading, tracked
 from convmae.training.checkpoint import replace_file
 from convmae.training.engine import EngineOptions
@@ -31,8 +31,9 @@ def evaluate(
     engine: EngineOptions = EngineOptions(),
     limits: LimitOptions = LimitOptions(),
     boxes_from_masks: bool = False,
+    max_detections: int | None = None,
 ) -> DetectionQuality:
-    """Judge a detector by the twelve COCO figures of its boxes and of its masks.
+    """Judge a detector by the twelve COCO figures of its boxes and, if it finds any, of its masks.
 
     Args:
         weights: a detector's run or weights file.
@@ -48,6 +49,8 @@ def evaluate(
             stopping.
         engine: devices and precision.
         boxes_from_masks: draw boxes around masks instead of taking the file's.
+        max_detections: the most objects in an image; by default as in the training, where it is 100 unless told.
+            Figures by more than 100 are not comparable with COCO's, which stop there.
 
     Raises UserError for weights without a detector, for other categories than the detector's, and for unreadable data.
     """
@@ -55,14 +58,14 @@ def evaluate(
     if output is not None:
         output = checked_output(output, (".json",))
     file, folder = find_coco(None if data is None else Path(data), split, annotations, images)
-    source = open_coco(file, folder, skip_damaged, boxes_from_masks=boxes_from_masks)
+    model = load_frozen_detector(weights, image_size, engine, limits.max_pixels, max_detections)
+    network, fabric = model.network, model.fabric
+    source = open_coco(file, folder, skip_damaged, masks=network.has_masks, boxes_from_masks=boxes_from_masks)
     if not source.num_objects:
         raise UserError(
             f"{source.name} has no objects, or only crowds, so that nothing can be judged: give another file, or take "
             "detect predict"
         )
-    model = load_frozen_detector(weights, image_size, engine, limits.max_pixels)
-    network, fabric = model.network, model.fabric
     classes, category_ids = network.settings["classes"], network.settings["category_ids"]
     if not (classes and category_ids):
         raise UserError(f"the detector of {weights} does not tell its categories: it cannot be judged on {source.name}")
@@ -82,10 +85,11 @@ def evaluate(
     found = list(tracked(fabric, judge.detections(network), len(source), "detecting"))
     results = gathered(fabric, found)
     left_out = gathered(fabric, damaged)
-    quality = judge.quality(results)
+    quality = judge.quality(results, network)
     if fabric.is_global_zero:
         report_damaged(left_out)
-        print_quality(quality, source.classes, Console())
+        print_quality(quality, source.classes, Console(), network.max_detections)
+        warn_of_full_images((len(of_image) for _, of_image in results), network.max_detections)
         if output is not None:
             text = json.dumps([result for _, of_image in results for result in of_image])
             replace_file(output, lambda path: path.write_text(text))

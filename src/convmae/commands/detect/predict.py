@@ -9,22 +9,25 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
+from torchvision.models.detection.transform import resize_boxes
 
 from convmae.commands.frozen import OrderedBatches, load_frozen_detector, open_ordered_images, report_damaged
 from convmae.commands.options import BatchOptions, LimitOptions, spread
 from convmae.data.detection import ResizeAndPad
 from convmae.data.file_names import agreeing_parts, name_parts
 from convmae.data.images import decode_image
+from convmae.data.placement import fitting_factor, placed_image, whole
 from convmae.data.sources import ImageCollection
 from convmae.errors import UserError, check_local
 from convmae.evaluation.detection import coco_results
 from convmae.pixels import Decoding
+from convmae.tasks.detection.judge import warn_of_full_images
 from convmae.training.checkpoint import replace_file
 from convmae.visualize import DrawnPicture, detection_picture
 
 RESULTS_FILE = "detections.json"
 _SHOWN = 20  # images in the table on the terminal
+_LONGEST_DRAWN = 2048  # pixels of the longer side of an image that is drawn
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,9 @@ def predict(
     image_size: int | tuple[int, int] | None = None,
     reading: BatchOptions = BatchOptions(batch_size=2),
     limits: LimitOptions = LimitOptions(),
+    max_detections: int | None = None,
 ) -> DetectionsResult:
     """Find objects in images: write COCO's results, and draw boxes, masks, names and scores.
-
-    All masks of a batch's objects are in memory, a byte a pixel.
 
     Args:
         images: an image, a folder of images at any depth, hfds/NAME, or demo.
@@ -66,6 +68,7 @@ def predict(
             images are numbered from 1 on.
         image_size: pixels into which images are fitted, one number or [height, width], multiples of 32; by default
             that of the training.
+        max_detections: the most objects in an image; by default as in the training, where it is 100 unless told.
 
     Raises UserError for weights without a detector, for unreadable images, and for those that `annotations` lacks.
     """
@@ -77,25 +80,30 @@ def predict(
         raise UserError(f"{output} is a file: choose a folder for the detections")
     source = open_ordered_images(images, reading.split)
     image_ids = _image_ids(source, annotations)
-    model = load_frozen_detector(weights, image_size, reading.engine, limits.max_pixels)
+    model = load_frozen_detector(weights, image_size, reading.engine, limits.max_pixels, max_detections)
     network = model.network
     fit = ResizeAndPad(model.image_size, model.decoding)
     batches = OrderedBatches(model, fit, source, reading, "detecting")
     (output / "pictures").mkdir(parents=True, exist_ok=True)
     category_ids = network.settings["category_ids"] or range(1, network.num_classes + 1)
     results: list[dict[str, Any]] = []
+    numbers: list[int] = []
     drawn: list[Path] = []
     counts: dict[str, list[str]] = {}
     for batch in batches:
         with model.fabric.autocast():
             found = network.detect(
-                batch["images"].to(model.fabric.device, non_blocking=True), batch["sizes"], batch["original_sizes"]
+                batch["images"].to(model.fabric.device, non_blocking=True),
+                batch["sizes"],
+                batch["original_sizes"],
+                whole_masks=False,
             )
         for index, detection in zip(batch["indices"].tolist(), found, strict=True):
             name = source.image_name(index)
             results += [
                 {**result, "file_name": name} for result in coco_results(image_ids[index], detection, category_ids)
             ]
+            numbers.append(len(detection["scores"]))
             kept = detection["scores"] >= threshold
             certain = {key: value[kept].cpu() for key, value in detection.items()}
             counts[name] = [network.classes[label - 1] for label in certain["labels"].tolist()]
@@ -109,6 +117,7 @@ def predict(
     text = json.dumps(results)
     replace_file(output / RESULTS_FILE, lambda path: path.write_text(text))
     _show(counts, threshold)
+    warn_of_full_images(numbers, network.max_detections)
     Console().print(
         f"detections: {output / RESULTS_FILE}; {len(drawn)} pictures: {output / 'pictures'}"
         + (f" (the first of {len(counts)}, more with --draw)" if 0 < len(drawn) < len(counts) else ""),
@@ -161,12 +170,19 @@ def _draw(
     source: ImageCollection,
     index: int,
     decoding: Decoding,
-    detection: dict[str, Tensor],
+    detection: dict[str, Any],
     classes: list[str],
 ) -> None:
     with source.open(index) as file:
-        image = decode_image(file, decoding.of_pictures) / 255
-    detection_picture(path, [[DrawnPicture(image, detection, "")]], classes)
+        image = decode_image(file, decoding.of_pictures)
+    height, width = image.shape[1:]
+    if max(height, width) > _LONGEST_DRAWN:  # the picture shows no more of a larger one, which would fill the memory
+        placement = whole((height, width), fitting_factor((height, width), (_LONGEST_DRAWN, _LONGEST_DRAWN)))
+        image, size = placed_image(image, placement), placement.size
+        detection = {**detection, "boxes": resize_boxes(detection["boxes"], [height, width], list(size))}
+        if "masks" in detection:
+            detection["masks"] = detection["masks"].resized(size)
+    detection_picture(path, [[DrawnPicture(image / 255, detection, "")]], classes)
 
 
 def _show(counts: dict[str, list[str]], threshold: float) -> None:

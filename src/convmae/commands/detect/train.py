@@ -1,6 +1,5 @@
 """`convmae detect train`: annotated images in, a Mask R-CNN out, from pretrained weights or from scratch."""
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,9 +17,10 @@ from convmae.kinds import create_detector, load_detector
 from convmae.models.config import height_and_width
 from convmae.models.detector import Detector, checked_size
 from convmae.tasks.detection.job import DetectionJob
-from convmae.tasks.detection.judge import DetectionQuality
+from convmae.tasks.detection.judge import COLUMNS, DetectionQuality, write_quality
 from convmae.tasks.detection.pictures import draw_examples
 from convmae.tasks.processes import demo_scenes, process_loading
+from convmae.tasks.tables import percent
 from convmae.training.checkpoint import CheckpointOptions
 from convmae.training.logging import read_metrics
 from convmae.training.optimizer import DetectionOptimizerOptions
@@ -79,6 +79,8 @@ def train(
     jitter: JitterOptions = JitterOptions(),
     pixels: PixelOptions = PixelOptions(),
     boxes_from_masks: bool = False,
+    masks: bool = True,
+    max_detections: int | None = None,
 ) -> DetectorTrainingResult:
     """Train a Mask R-CNN on a pretrained encoder, or from scratch; the defaults are the paper's.
 
@@ -105,6 +107,9 @@ def train(
             stopping.
         jitter: how training images are varied.
         boxes_from_masks: draw boxes around masks instead of taking those of the files.
+        masks: whether objects have masks; false trains a Faster R-CNN, which finds boxes alone, on files without masks.
+        max_detections: the most objects in an image, by which the model is judged; by default that of a detector's
+            weights, else 100, as COCO's.
 
     Raises UserError for settings or data that cannot work, and Interrupted after SIGTERM or Ctrl-C, a checkpoint being
     written.
@@ -122,11 +127,13 @@ def train(
     training = open_coco(
         *find_coco(root, "train", train_annotations, train_images, ("--train-annotations", "--train-images")),
         skip_damaged,
+        masks=masks,
         boxes_from_masks=boxes_from_masks,
     )
     validation = open_coco(
         *find_coco(root, "val", val_annotations, val_images, ("--val-annotations", "--val-images")),
         skip_damaged,
+        masks=masks,
         boxes_from_masks=boxes_from_masks,
     ).with_categories(training.classes, training.category_ids, training.name)
     if fabric.is_global_zero:
@@ -145,12 +152,14 @@ def train(
         "in_channels": in_channels,
         "window": window,
         "anchor_sizes": anchor_sizes,
+        "max_detections": max_detections,
     }
     network = _network(
         weights,
         model,
         training,
         drop_path=drop_path,
+        masks=masks,
         **{name: value for name, value in stated.items() if value is not None},
     )
     decoding = settle_pixels(network, pixels, [training, validation], run)
@@ -161,7 +170,7 @@ def train(
         network,
         training,
         validation,
-        LargeScaleJitter(network.image_size, jitter.scale, jitter.flip, decoding),
+        LargeScaleJitter(network.image_size, jitter.scale, jitter.flip, decoding, masks),
         process_loading(fabric, options.engine, images_of_a_pass, skip_damaged),
         origin=f"{origin_of(weights, model)}, {network.settings['form']} form",
         folder=options.output,
@@ -191,16 +200,16 @@ def _finish(
     quality, folder = cast(DetectionQuality, finished.quality), finished.folder
     curve, table = folder / "loss.png", folder / "per-class.csv"
     if finished.log.active:
-        loss_curve(curve, read_metrics(folder), {"box_AP": "AP, boxes", "mask_AP": "AP, masks"}, "validation AP (%)")
-        with table.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(["class", "box_AP", "mask_AP"])
-            rows.writerows(zip(validation.classes, quality.boxes.per_class, quality.masks.per_class, strict=True))
+        drawn = {f"{kind}_AP": f"AP, {COLUMNS[kind]}" for kind in quality.kinds}
+        loss_curve(curve, read_metrics(folder), drawn, "validation AP (%)")
+        write_quality(table, quality, validation.classes)
     finished.summary(
         "detector finished",
         {
-            "boxes": f"AP {quality.boxes.AP:.1%}, AP50 {quality.boxes.AP50:.1%}",
-            "masks": f"AP {quality.masks.AP:.1%}, AP50 {quality.masks.AP50:.1%}",
+            **{
+                COLUMNS[kind]: f"AP {percent(figures.AP, '%')}, AP50 {percent(figures.AP50, '%')}"
+                for kind, figures in quality.kinds.items()
+            },
             "best model": str(finished.checkpoint),
             "picture": str(picture),
             "AP by class": str(table),

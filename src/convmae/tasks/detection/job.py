@@ -90,6 +90,11 @@ class DetectionJob(Job[Detector, DetectionQuality]):
         training = self._training
         state, facts = weights.read(file)
         known = weights.flat(facts)
+        if (had := known.get("masks", True)) != network.has_masks:
+            raise UserError(
+                f"{self._folder} holds a run with{'' if had else 'out'} masks: give --masks {str(had).lower()}, or "
+                "choose another --output"
+            )
         if (known.get("classes"), known.get("category_ids")) != (training.classes, training.category_ids):
             raise UserError(
                 f"{self._folder} holds a run with other classes than {training.name}: choose another --output"

@@ -1,9 +1,11 @@
 """How good a detector is on annotated images, over all processes: what training and evaluation share."""
 
+import csv
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -22,7 +24,8 @@ from convmae.tasks.tables import shares_table
 ImageResults = tuple[int | float | str, list[dict[str, Any]]]
 """An image's id, and what was found in it as COCO's results."""
 
-_KINDS: tuple[Literal["bbox"], Literal["segm"]] = ("bbox", "segm")
+COLUMNS = {"box": "boxes", "mask": "masks"}
+"""What a table calls a kind of figures."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class DetectionQuality:
     """COCO's figures of boxes and of masks."""
 
     boxes: CocoFigures
-    masks: CocoFigures
+    masks: CocoFigures | None
+    """None of a detector that finds boxes alone."""
 
     @property
     def score(self) -> float:
@@ -40,12 +44,12 @@ class DetectionQuality:
     @property
     def figures(self) -> dict[str, float]:
         """What a run's log keeps."""
-        return {
-            "box_AP": self.boxes.AP,
-            "box_AP50": self.boxes.AP50,
-            "mask_AP": self.masks.AP,
-            "mask_AP50": self.masks.AP50,
-        }
+        return {f"{name}_{figure}": getattr(of, figure) for name, of in self.kinds.items() for figure in ("AP", "AP50")}
+
+    @property
+    def kinds(self) -> dict[str, CocoFigures]:
+        """The figures of "box" and, where there are masks, of "mask"."""
+        return {"box": self.boxes} if self.masks is None else {"box": self.boxes, "mask": self.masks}
 
 
 class Judge:
@@ -70,7 +74,7 @@ class Judge:
     def __call__(self, network: Detector) -> DetectionQuality:
         """COCO's figures, the same in every process; the detector is put into evaluation mode and back."""
         share_buffers(self._fabric, network)
-        return self.quality(gathered(self._fabric, list(self.detections(network))))
+        return self.quality(gathered(self._fabric, list(self.detections(network))), network)
 
     @torch.inference_mode()
     def detections(self, network: Detector) -> Iterator[ImageResults]:
@@ -83,16 +87,16 @@ class Judge:
                 continue
             images = batch["images"].to(self._fabric.device, non_blocking=True)
             with self._fabric.autocast():
-                found = network.detect(images, batch["sizes"], batch["original_sizes"])
+                found = network.detect(images, batch["sizes"], batch["original_sizes"], whole_masks=False)
             for index, detection in zip(batch["indices"].tolist(), found, strict=True):
                 image_id = self._source.image_ids[index]
                 yield image_id, coco_results(image_id, detection, self._source.category_ids)
         network.train(was_training)
 
-    def quality(self, found: Sequence[ImageResults]) -> DetectionQuality:
+    def quality(self, found: Sequence[ImageResults], network: Detector) -> DetectionQuality:
         """COCO's figures of the detections of all processes; images that are not among them do not count.
 
-        Raises UserError where there is none.
+        network: the detector that found them. Raises UserError where there is no image.
         """
         if not found:
             raise UserError("no validation image can be decoded: check the files")
@@ -100,18 +104,53 @@ class Judge:
         if self._truth is not None:
             seen = [image_id for image_id, _ in found]
             results = [result for _, of_image in found for result in of_image]
-            boxes, masks = (judge_detections(self._truth, results, kind, seen) for kind in _KINDS)
+            boxes = judge_detections(self._truth, results, "bbox", seen, network.max_detections)
+            masks = None
+            if network.has_masks:
+                masks = judge_detections(self._truth, results, "segm", seen, network.max_detections)
             quality = DetectionQuality(boxes, masks)
         return cast(DetectionQuality, self._fabric.broadcast(quality))
 
 
-def print_quality(quality: DetectionQuality, classes: Sequence[str], console: Console) -> None:
-    """COCO's twelve figures of boxes and of masks, and the AP of each class, in per cent."""
-    kinds = (quality.boxes, quality.masks)
-    totals = ((f"{name}, {meaning}", *(getattr(kind, name) for kind in kinds)) for name, meaning in _MEANINGS.items())
-    console.print(shares_table("COCO's figures, %", ("boxes", "masks"), totals))
-    rows = zip(classes, *(kind.per_class for kind in kinds), strict=True)
-    console.print(shares_table("AP by class, %", ("boxes", "masks"), rows, "class"))
+def print_quality(
+    quality: DetectionQuality, classes: Sequence[str], console: Console, max_detections: int = 100
+) -> None:
+    """COCO's twelve figures of boxes and, where there are any, of masks, and the AP of each class, in per cent.
+
+    max_detections: of the detector, for the figures' names.
+    """
+    names = [COLUMNS[kind] for kind in quality.kinds]
+    meanings = _MEANINGS | {"AR100": f"recall of {max(100, max_detections)}"}
+    totals = (
+        (f"{name}, {meaning}", *(getattr(figures, name) for figures in quality.kinds.values()))
+        for name, meaning in meanings.items()
+    )
+    console.print(shares_table("COCO's figures, %", names, totals))
+    rows = zip(classes, *(figures.per_class for figures in quality.kinds.values()), strict=True)
+    console.print(shares_table("AP by class, %", names, rows, "class"))
+
+
+def write_quality(path: Path, quality: DetectionQuality, classes: Sequence[str]) -> None:
+    """A CSV file with the AP of each class; empty where the images have no object of it."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", *(f"{kind}_AP" for kind in quality.kinds)])
+        for name, *shares in zip(classes, *(figures.per_class for figures in quality.kinds.values()), strict=True):
+            rows.writerow([name, *("" if math.isnan(share) else share for share in shares)])
+
+
+def warn_of_full_images(counts: Iterable[int], max_detections: int) -> None:
+    """Say on the terminal's error stream in how many images detections may have been cut off.
+
+    counts: of the detections of each image.
+    """
+    if full := sum(count >= max_detections for count in counts):
+        images = f"{full} images have" if full > 1 else "1 image has"
+        Console(stderr=True, highlight=False).print(
+            f"{images} {max_detections} detections, the most that --max-detections allows: raise it, there may be more",
+            style="yellow",
+            soft_wrap=True,
+        )
 
 
 _MEANINGS = {

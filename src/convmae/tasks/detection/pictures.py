@@ -19,7 +19,8 @@ _DRAWN_SCORE = 0.5  # of the least certain detection
 def draw_examples(path: Path, network: Detector, validation: CocoImages, decoding: Decoding) -> None:
     """Save a picture of six images of `validation`, evenly spread; nothing where none of them can be decoded."""
     size = network.image_size
-    as_judged, annotated = ResizeAndPad(size, decoding), LargeScaleJitter(size, (1.0, 1.0), 0.0, decoding)
+    as_judged = ResizeAndPad(size, decoding)
+    annotated = LargeScaleJitter(size, (1.0, 1.0), 0.0, decoding, network.has_masks)
     device = next(network.parameters()).device
     network.eval()
     pictures: list[DrawnPicture] = []
@@ -37,8 +38,10 @@ def draw_examples(path: Path, network: Detector, validation: CocoImages, decodin
         image = sample["image"][:, :height, :width] / 255
         found = network.detect(sample["image"][None].to(device), [sample["size"]])[0]
         kept = found["scores"] >= _DRAWN_SCORE
+        if network.has_masks:
+            truth["masks"] = truth["masks"].whole()[:, :height, :width]
         pictures += [
-            DrawnPicture(image, {**truth, "masks": truth["masks"][:, :height, :width]}, "annotated"),
+            DrawnPicture(image, truth, "annotated"),
             DrawnPicture(image, {key: value[kept].cpu() for key, value in found.items()}, "detected"),
         ]
     if pictures:
