@@ -245,3 +245,19 @@ def test_names_are_in_the_singular_or_plural_and_of_many_the_first():
     assert absent_classes(CLASSES, [0, 2], "so") == "2 of the 5 classes have no pixel, so: sky, dog"
     many = [str(number) for number in range(13)]
     assert named(many, list(range(13))) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 3 more"
+
+
+def test_images_that_pillow_does_not_read_are_left_to_whoever_decodes_them(opened, blocks, tmp_path, monkeypatch):
+    """Arrays with bands, and images that --max-pixels alone admits."""
+    source = opened([blocks(SIZE, number, num_classes=3) for number in range(2)], classes=CLASSES[:3])
+    array = tmp_path / "images" / "0.npy"
+    (tmp_path / "images" / "0.jpg").unlink()
+    numpy.save(array, numpy.zeros((*SIZE, 5), numpy.uint8))
+    source = open_segmentation(tmp_path / "images", tmp_path / "maps", CLASSES[:3], source.encoding)
+    assert source.image_name(0) == str(array)
+    found = survey(source)
+    assert found.faults == []
+    assert sum(found.pixels) == 2 * SIZE[0] * SIZE[1]
+    assert label_survey._upright_size(source.image_name(1)) == SIZE
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert label_survey._upright_size(source.image_name(1)) is None

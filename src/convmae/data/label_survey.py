@@ -26,6 +26,7 @@ from convmae.labels import IGNORED
 
 _VERSION = 1  # to be raised when other things come to be kept
 _SHOWN_CLASSES = 10
+_OF_BANDS = (".npy", ".tif", ".tiff")  # files that may hold more than Pillow knows
 _MUCH = 0.5  # share of pixels that count nowhere
 
 _logger = logging.getLogger(__name__)
@@ -155,7 +156,9 @@ def _looked_at(source: SegmentationImages, number: int, cache: "_Cache") -> _Pai
         size = cache.size_of(image)
         contents = cache.contents_of(str(label_map))
         _refuse_copies(Path(image), label_map)
-        if size != contents.size:  # a PNG may tell at its end that it is turned
+        if size is None:
+            size = contents.size
+        elif size != contents.size:  # a PNG may tell at its end that it is turned
             size = _decoded_size(image)
     except UndecodableImageError as error:
         return _Pair(None, None, error)
@@ -167,8 +170,20 @@ def _refuse_copies(image: Path, label_map: Path) -> None:
         raise UserError(f"{image} is a copy of its label map {label_map}: give the folder of the images themselves")
 
 
-def _upright_size(path: str) -> tuple[int, int]:
-    """(H, W) of an image as its header tells it; raises UndecodableImageError."""
+def _upright_size(path: str) -> tuple[int, int] | None:
+    """(H, W) of an image as its header tells it; raises UndecodableImageError.
+
+    None where whoever decodes it will tell: of arrays and bands, and of images that --max-pixels alone admits.
+    """
+    try:
+        return _told_size(path)
+    except UndecodableImageError as error:
+        if isinstance(error.__cause__, Image.DecompressionBombError) or path.lower().endswith(_OF_BANDS):
+            return None
+        raise
+
+
+def _told_size(path: str) -> tuple[int, int]:
     with undecodable_if_damaged(), Image.open(path) as image:
         size = (image.height, image.width)
         if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode it to look behind the pixels
@@ -232,10 +247,10 @@ class _Cache:
         self._used: dict[str, Any] = {}
         self._is_new = False
 
-    def size_of(self, image: str) -> tuple[int, int]:
-        """(H, W) of an image, upright; raises UndecodableImageError."""
-        height, width = self._looked_up(image, "image", lambda: list(_upright_size(image)))
-        return height, width
+    def size_of(self, image: str) -> tuple[int, int] | None:
+        """(H, W) of an image, upright, None where its header does not tell it; raises UndecodableImageError."""
+        size = self._looked_up(image, "image", lambda: _upright_size(image))
+        return None if size is None else (size[0], size[1])
 
     def contents_of(self, label_map: str) -> Contents:
         """What occurs in a label map; raises UnfitAnnotationError."""
