@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,6 +27,9 @@ os.environ["XDG_CACHE_HOME"] = _cache.name
 import convmae  # noqa: E402
 from convmae import cli, weights  # noqa: E402
 from convmae.data.scenes import SHAPES, draw_scene, write_scenes  # noqa: E402
+
+settings.register_profile("fixed", derandomize=True)  # what is drawn today is drawn tomorrow
+settings.load_profile("fixed")
 
 GOLDEN = Path(__file__).parent / "golden"
 

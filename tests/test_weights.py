@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import convmae
 from convmae import weights
+from convmae.pixels import Pixels
 
 TINY = {"image_size": 64, "widths": (8, 12, 16), "depths": (2, 1, 3), "num_heads": 2}
 DECODER = {"decoder_width": 16, "decoder_depth": 2, "decoder_num_heads": 2}
@@ -170,6 +171,7 @@ def test_a_published_segmenter_loads(tmp_path, load, auxiliary):
         "num_heads": 2,
         "mlp_ratio": 4.0,
         "kernel_size": 5,
+        "pixels": Pixels().settings,
         "head_width": 8,
         "auxiliary_width": 6 if auxiliary else 256,
         "auxiliary_weight": 0.4,

@@ -34,12 +34,12 @@ def test_one_image_and_the_demo_are_collections_too(photographs):
 def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.txt").touch()
+    (tmp_path / "text" / "a.doc").touch()
     for images, message in (
         (tmp_path / "nothing", "does not exist"),
         (tmp_path / "empty", "is empty"),
         (tmp_path / "text", "holds no images"),
-        (tmp_path / "text" / "a.txt", "is no image: accepted are .png"),
+        (tmp_path / "text" / "a.doc", "is no image: accepted are .png"),
     ):
         with pytest.raises(convmae.UserError, match=message):
             open_ordered_images(str(images))

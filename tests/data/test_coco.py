@@ -684,7 +684,7 @@ def test_objects_without_a_mask_among_others_are_counted_and_have_their_boxes(co
     assert [segmentation is None for segmentation in annotation.segmentations] == [False, True, True]
     assert [mask is None for mask in annotation.masks()] == [False, True, True]
     (finding,) = source.findings
-    assert finding.summary == "2 objects without a mask, which teach their boxes alone"
+    assert finding.summary == "2 objects have no mask and teach their boxes alone"
     assert [item.partition(": ")[2] for item in finding.items] == [
         f"annotation {number} of image 5" for number in (2, 3)
     ]

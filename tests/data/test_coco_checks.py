@@ -46,20 +46,22 @@ def test_extents_areas_and_empty_masks_of_polygons_are_those_of_each_alone(objec
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coco_checks, "_CHUNK", chunk)
         found, where = read(segmentations)
-        areas = coco_checks._enclosed(found.objects)
+        areas, perimeters = coco_checks._measures(found.objects)
         empty = coco_checks.without_pixels(found, where)
     for number, segmentation in enumerate(segmentations):
         if segmentation is None:
             assert numpy.isnan(where.extents[number]).all()
-            assert (areas[number], empty[number]) == (0, False)
+            assert (areas[number], perimeters[number], empty[number]) == (0, 0, False)
             continue
         points = numpy.array([value for polygon in segmentation for value in polygon]).reshape(-1, 2)
         assert where.extents[number].tolist() == [*points.min(axis=0), *points.max(axis=0)]
-        expected = 0.0
+        expected = around = 0.0
         for polygon in segmentation:
             x, y = numpy.array(polygon).reshape(-1, 2).T
+            around += sum(numpy.hypot(x - numpy.roll(x, -1), y - numpy.roll(y, -1)))
             expected += abs(numpy.dot(x, numpy.roll(y, -1)) - numpy.dot(y, numpy.roll(x, -1))) / 2
         assert areas[number] == pytest.approx(expected, abs=1e-6)
+        assert perimeters[number] == pytest.approx(around, abs=1e-6)
         # A mask without a pixel is always found: only such as enclose something are not filled to see.
         assert empty[number] == (decoded(segmentation, SIZE).sum() == 0)
 

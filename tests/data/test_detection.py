@@ -235,7 +235,7 @@ def test_masks_are_those_that_are_resized_as_a_whole(sample_of, size, image_size
     """Scattered pixels, of which a smaller sample shows some, or none; the boxes are torchvision's."""
     numbers = numpy.random.default_rng(seed % 2**32)
     masks = [(numbers.random(size) < share).astype(numpy.uint8) for share in (0.02, 0.3, 1.0)]
-    jitter = LargeScaleJitter(image_size, in_channels=1)
+    jitter = LargeScaleJitter(image_size, decoding=1)
     target = sample_of(jitter, numpy.zeros(size, numpy.uint8), annotated(masks), seed)["target"]
     placement = jitter.draw(*size, seed)
     moved = [placed_map(torch.from_numpy(mask), placement) for mask in masks]

@@ -430,7 +430,10 @@ _NOTES = {
         "{} object has no box, so that it is drawn around the mask",
         "{} objects have no box, so that theirs are drawn around their masks",
     ),
-    "no mask": ("{} objects without a mask, which teach their boxes alone",),
+    "no mask": (
+        "{} object has no mask and teaches its box alone",
+        "{} objects have no mask and teach their boxes alone",
+    ),
 }
 """What is said of objects that share a note of their reading: of one, of several."""
 

@@ -222,7 +222,11 @@ def without_pixels(read: ReadObjects, found: Geometry) -> numpy.ndarray:
     has_mask = objects.has_polygons | objects.has_run_lengths
     sides = found.clipped(found.extents)
     thin = (sides[:, 2:] - sides[:, :2]).min(axis=1) < 2
-    suspect = objects.has_polygons & (thin | (_enclosed(objects) < 4) | (share_outside(found) > 0.5))
+    areas, perimeters = _measures(objects)
+    # What covers no pixel is about a pixel wide at most: a convex shape has a pixel's centre inside where its area is
+    # more than half its perimeter.
+    narrow = areas < perimeters / 2 + 4
+    suspect = objects.has_polygons & (thin | narrow | (share_outside(found) > 0.5))
     empty = has_mask & (read.pixels == 0)
     sizes = found.sizes.astype(int).tolist()
     for number in numpy.flatnonzero(suspect).tolist():
@@ -231,9 +235,9 @@ def without_pixels(read: ReadObjects, found: Geometry) -> numpy.ndarray:
     return empty
 
 
-def _enclosed(objects: Objects) -> numpy.ndarray:
-    """The area that each object's polygons enclose, (N,), by the shoelace formula; 0 without polygons."""
-    areas = numpy.zeros(len(objects.polygon_ends))
+def _measures(objects: Objects) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Area, by the shoelace formula, and perimeter of each object's polygons together, (N,) each; 0 without any."""
+    areas, perimeters = numpy.zeros(len(objects.polygon_ends)), numpy.zeros(len(objects.polygon_ends))
     starts = numpy.concatenate([[0], objects.polygon_ends])
     first = 0
     while first < len(areas):
@@ -243,10 +247,12 @@ def _enclosed(objects: Objects) -> numpy.ndarray:
         following = numpy.arange(1, len(x) + 1)
         following[numpy.append(begins[1:], len(x)) - 1] = begins  # the last point is joined to the first
         areas[first:last] = numpy.abs(numpy.add.reduceat(x * y[following] - x[following] * y, begins)) / 2
+        perimeters[first:last] = numpy.add.reduceat(numpy.hypot(x - x[following], y - y[following]), begins)
         first = last
-    totals = numpy.concatenate([[0], numpy.cumsum(areas)])
     before = numpy.concatenate([[0], objects.polygons])
-    return totals[before[1:]] - totals[before[:-1]]
+    sums = (numpy.concatenate([[0], numpy.cumsum(measure)]) for measure in (areas, perimeters))
+    of_areas, of_perimeters = (totals[before[1:]] - totals[before[:-1]] for totals in sums)
+    return of_areas, of_perimeters
 
 
 def written_twice(objects: Objects) -> numpy.ndarray:

@@ -233,7 +233,7 @@ def test_what_is_missing_or_broken_is_left_out_and_listed(
     assert not (tmp_path / "run").exists()
     run = small_segmentation(copied, tmp_path / "run", segmenter_file, epochs=1, skip_damaged=True)
     report = (run.folder / "data-report.txt").read_text().splitlines()
-    named = [line.strip() for line in report if line.startswith(f"    {copied}") and "the same as" not in line]
+    named = [line.strip() for line in report if line.startswith(f"    {copied}") and " = " not in line]
     assert_listed(expected, named)
     damaged = (run.folder / "undecodable-images.txt").read_text().splitlines()
     assert_listed([one for one in expected if "label map" not in one[1] and one[1] != "has no image"], damaged)

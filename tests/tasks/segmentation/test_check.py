@@ -129,7 +129,7 @@ def test_images_of_both_parts_are_counted(opened, fabric):
     check_training(fabric, training, validation, STRICT)
     (same,) = validation.findings
     assert same.summary.startswith("1 image is in training, too, such as ")
-    assert same.items == [f"{validation.image_name(0)}: the same as {training.image_name(1)}"]
+    assert same.items == [f"{validation.image_name(0)} = {training.image_name(1)}"]
 
 
 def test_the_first_process_looks_and_tells_the_others(opened, fabric, monkeypatch):
