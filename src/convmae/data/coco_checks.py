@@ -226,7 +226,7 @@ def without_pixels(read: ReadObjects, found: Geometry) -> numpy.ndarray:
     # What covers no pixel is about a pixel wide at most: a convex shape has a pixel's centre inside where its area is
     # more than half its perimeter.
     narrow = areas < perimeters / 2 + 4
-    suspect = objects.has_polygons & (thin | narrow | (share_outside(found) > 0.5))
+    suspect = objects.has_polygons & (thin | narrow | cut_off(found))
     empty = has_mask & (read.pixels == 0)
     sizes = found.sizes.astype(int).tolist()
     for number in numpy.flatnonzero(suspect).tolist():
