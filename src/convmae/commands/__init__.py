@@ -26,6 +26,7 @@ COMMANDS: dict[str, str | dict[str, str]] = {
     "neighbours": "neighbours",
     "visualise": "visualise",
     "export": "export",
+    "check": "check",
     "scenes": "scenes",
     "info": "info",
     "bench": "bench",

@@ -6,13 +6,13 @@ from typing import Any, Literal, cast
 
 import torch
 
+from convmae.commands.detect.splits import open_splits
 from convmae.commands.options import PixelOptions, flat_settings, origin_of, spread
 from convmae.commands.pixels import settle_pixels
-from convmae.data.coco import CocoImages, find_coco, open_coco
+from convmae.data.coco import CocoImages
 from convmae.data.detection import LargeScaleJitter
-from convmae.data.duplicates import repeated_images
 from convmae.data.failures import DecodingFailures
-from convmae.errors import UserError, check_choice, check_rate
+from convmae.errors import check_choice, check_rate
 from convmae.kinds import create_detector, load_detector
 from convmae.models.config import height_and_width
 from convmae.models.detector import Detector, checked_size
@@ -124,26 +124,17 @@ def train(
         image_size = checked_size(height_and_width(image_size or 128))  # before thousands of scenes are written
         data = str(demo_scenes(fabric, options.output, "coco", image_size))
     root = None if data is None else Path(data)
-    training = open_coco(
-        *find_coco(root, "train", train_annotations, train_images, ("--train-annotations", "--train-images")),
-        skip_damaged,
+    training, validation = open_splits(
+        root,
+        train_annotations,
+        train_images,
+        val_annotations,
+        val_images,
+        skip_damaged=skip_damaged,
         masks=masks,
         boxes_from_masks=boxes_from_masks,
+        compare=fabric.is_global_zero,
     )
-    validation = open_coco(
-        *find_coco(root, "val", val_annotations, val_images, ("--val-annotations", "--val-images")),
-        skip_damaged,
-        masks=masks,
-        boxes_from_masks=boxes_from_masks,
-    ).with_categories(training.classes, training.category_ids, training.name)
-    if fabric.is_global_zero:
-        validation.findings = [*validation.findings, *repeated_images(training, validation)]
-    for source in (training, validation):
-        if not source.num_objects:
-            raise UserError(
-                f"{source.name} has no objects, or only crowds: annotate some, write iscrowd 0 where a crowd is a "
-                "single object, or give another file"
-            )
 
     torch.manual_seed(options.seed)
     stated = {

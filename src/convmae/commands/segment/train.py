@@ -8,11 +8,9 @@ import torch
 
 from convmae.commands.options import PixelOptions, flat_settings, origin_of, spread
 from convmae.commands.pixels import settle_pixels, tell_no_colours
-from convmae.commands.segment.label_maps import LabelMapOptions, training_encoding
-from convmae.data.ade20k import find_ade20k, is_ade20k, names_classes, open_segmentation, read_classes
-from convmae.data.class_lists import ClassList
+from convmae.commands.segment.label_maps import LabelMapOptions
+from convmae.commands.segment.splits import open_splits
 from convmae.data.failures import DecodingFailures
-from convmae.data.label_maps import read_colours
 from convmae.data.segmentation import RandomScaleCrop
 from convmae.errors import check_rate
 from convmae.evaluation.segmentation import SegmentationQuality
@@ -128,20 +126,18 @@ def train(
         image_size = checked_size(height_and_width(image_size or 128))
         data = str(demo_scenes(fabric, options.output, "ade20k"))
     root = None if data is None else Path(data)
-    training_folders = find_ade20k(
-        root, "train", train_images, train_annotations, ("--train-images", "--train-annotations")
+    training, validation = open_splits(
+        root,
+        train_images,
+        train_annotations,
+        val_images,
+        val_annotations,
+        classes=classes,
+        reduce_zero_label=reduce_zero_label,
+        label_maps=label_maps,
+        skip_damaged=skip_damaged,
     )
-    validation_folders = find_ade20k(root, "val", val_images, val_annotations, ("--val-images", "--val-annotations"))
-    if reduce_zero_label is None:
-        reduce_zero_label = is_ade20k(root, classes)
-    listed = _classes(root, classes, label_maps)
-    names = listed.names
-    encoding = training_encoding(listed, reduce_zero_label, label_maps)
-    training, validation = (
-        open_segmentation(*folders, names, encoding, skip_damaged, label_maps.image_suffix, label_maps.label_suffix)
-        for folders in (training_folders, validation_folders)
-    )
-    training.findings += listed.findings
+    names, encoding = training.classes, training.encoding
 
     torch.manual_seed(options.seed)
     stated = {
@@ -190,14 +186,6 @@ def train(
     if fabric.is_global_zero:
         draw_examples(picture, finished.network, validation, infer)
     return _finish(finished, names, picture)
-
-
-def _classes(data: Path | None, file: Path | None, options: LabelMapOptions) -> ClassList:
-    """The classes of the data, of their file, or of the list of colours where nothing else names them."""
-    if file is None and options.label_colours is not None and not names_classes(data):
-        listed = read_colours(options.label_colours)
-        return ClassList(listed.names, None, listed.colours, listed.findings)
-    return read_classes(data, file)
 
 
 def _network(weights: Path | None, model: str, **settings: Any) -> Segmenter:
