@@ -16,7 +16,7 @@ def test_a_folder_of_images(photographs, tmp_path, command_line):
     (folder / "notes.txt").write_text("no picture")
     Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(folder / "clear.png")
     status, out, err = command_line("check", "--data", folder, "--output", tmp_path / "check")
-    assert (status, err) == (0, "")
+    assert (status, err.strip()) == (0, "")  # older versions of rich end a bar that is not shown with an empty line
     said = " ".join(out.split())
     assert "11 images (1 other file ignored: .txt 1)" in said
     assert "1 of 11 images looked at is transparent in part, and seen on white (--background)" in said
@@ -53,7 +53,7 @@ def test_objects_are_counted_and_what_stops_a_training_comes_last(coco_scenes, t
     (broken / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
     status, out, err = command_line("check", "--data", broken, "--task", "detection", "--output", tmp_path / "broken")
     assert status == 2
-    assert err.count("\n") == 1
+    assert err.strip().count("\n") == 0
     assert "1 of the" in err
     assert "negative width" in err
     assert "left out 1 broken annotation" in out

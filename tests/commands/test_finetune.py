@@ -417,7 +417,8 @@ def test_several_classes_an_image_are_learned_and_judged(several, table, capsys)
     assert {name: several.per_class[name] for name in expected} == pytest.approx(expected, abs=1e-3)
     assert math.isnan(several.per_class["rare"])
     assert several.mean_average_precision == pytest.approx(sum(expected.values()) / 7, abs=1e-3)
-    assert several.mean_average_precision > 0.6
+    by_chance = truth[:, [NAMES.index(name) for name in expected]].mean().item()
+    assert several.mean_average_precision > 2 * by_chance
     assert expected["dark"] > 0.8  # half of the images would score 0.5 by chance
     assert several.confusion_matrix is None
     assert not (several.folder / "confusion.png").exists()

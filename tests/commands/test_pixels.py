@@ -88,7 +88,7 @@ def test_bands_from_pretraining_to_features(bands, tmp_path, small_pretraining, 
     probed = convmae.probe(str(bands), pretrained.checkpoint, output=tmp_path / "probe", batch_size=8)
     assert recorded(probed) == kept
     status, _, err = command_line("predict", "--images", bands / "val", "--weights", tmp_path / "probe")
-    assert (status, err) == (0, "")
+    assert (status, err.strip()) == (0, "")  # older versions of rich end a bar that is not shown with an empty line
 
 
 def test_an_export_for_timm_keeps_what_pixels_mean(tmp_path):
