@@ -52,6 +52,12 @@ def test_folder_at_any_depth_and_with_more_extensions(folder):
     assert img_extensions.get_img_extensions() == known
 
 
+def test_some_images_are_taken_evenly_spread(folder):
+    source = open_images(folder)
+    assert source.evenly_spread(5) == [0, 2, 4, 7, 9]
+    assert source.evenly_spread(100) == list(range(12))
+
+
 def test_folder_mistakes_name_the_cure(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         open_images(tmp_path / "nowhere")

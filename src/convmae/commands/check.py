@@ -24,7 +24,7 @@ from convmae.data.headers import Headers, read_headers
 from convmae.data.images import UndecodableImageError, decode_image
 from convmae.data.inspection import inspect_images
 from convmae.data.label_survey import survey
-from convmae.data.labelled import compare_splits, open_labelled_images
+from convmae.data.labelled import compare_splits, images_of_classes, open_labelled_images
 from convmae.data.loading import Loading
 from convmae.data.placement import fitting_factor, placed_image, placed_map, whole
 from convmae.data.sources import ImageCollection, ImageStream, open_images
@@ -170,12 +170,7 @@ def _classification(data: str, train_split: str, val_split: str) -> _Data:
     labels = [source.labels for source in sources if isinstance(source, ImageCollection)]
     if len(labels) < 2 or any(one is None for one in labels):
         return _Data(sources)
-    number = len(training.classes)
-    counts = [
-        (one.sum(axis=0) if one.ndim == 2 else numpy.bincount(one[one >= 0], minlength=number))[:number].tolist()
-        for one in labels
-        if one is not None
-    ]
+    counts = [images_of_classes(one, training).tolist() for one in labels if one is not None]
     return _Data(sources, "images", counts)
 
 
@@ -303,9 +298,7 @@ def _draw(path: Path, source: ImageCollection | ImageStream, decoding: Decoding)
     shown = replace(decoding.of_pictures, padding=None)
     objects: list[DrawnPicture] = []
     segmented: list[SegmentedPicture] = []
-    count = min(_SAMPLES, len(source))
-    for number in range(count):
-        index = number * len(source) // count
+    for index in source.evenly_spread(_SAMPLES):
         try:
             with source.open(index) as file:
                 image = decode_image(file, shown)

@@ -74,8 +74,7 @@ def visualise(
         raise UserError(f"there is no head {head}: the last block has heads 0 to {attention.num_heads - 1}")
 
     dataset = EvaluationImages(source, model.center_crop, reading.skip_damaged)
-    count = min(count, len(source))
-    chosen = [number * len(source) // count for number in range(count)]
+    chosen = source.evenly_spread(count)
     samples = [dataset[number] for number in chosen]
     report_damaged([failure for sample in samples for failure in sample["failed"]])
     seen = [sample["image"] for sample in samples if "image" in sample]

@@ -31,8 +31,7 @@ def read_headers(
     progress: passes on an iterator over the numbers of these images.
     """
     found = Headers()
-    count = min(most, len(source))
-    for index in progress(number * len(source) // count for number in range(count)):
+    for index in progress(iter(source.evenly_spread(most))):
         try:
             with undecodable_if_damaged(), source.open(index) as file, Image.open(file) as image:
                 found.heights.append(image.height)

@@ -46,10 +46,9 @@ def inspect_images(source: ImageCollection | ImageStream, decoding: Decoding) ->
     """
     if isinstance(source, ImageStream):
         return Inspection()
-    looked = min(_HEADERS, len(source))
+    numbers = source.evenly_spread(_HEADERS)
     seen = _Seen(decoding)
-    for number in range(looked):
-        index = number * len(source) // looked
+    for index in numbers:
         try:
             with undecodable_if_damaged():
                 with source.open(index) as file:
@@ -59,10 +58,12 @@ def inspect_images(source: ImageCollection | ImageStream, decoding: Decoding) ->
             if isinstance(error.__cause__, UnfitPixelsError):
                 seen.unfit.append(f"{source.image_name(index)}: {error}")
     if seen.unfit and not seen.fit:
-        several = f"none of the {len(seen.unfit)} images looked at can be used, the first is " if looked > 1 else ""
+        several = (
+            f"none of the {len(seen.unfit)} images looked at can be used, the first is " if len(numbers) > 1 else ""
+        )
         raise UserError(f"{source.name}: {several}{seen.unfit[0]}")
     mean, std = seen.statistics()
-    return Inspection(seen.findings(looked), mean, std)
+    return Inspection(seen.findings(len(numbers)), mean, std)
 
 
 class _Seen:

@@ -115,24 +115,32 @@ def compare_splits(training: ImageCollection | ImageStream, validation: ImageCol
     """
     if not isinstance(validation, ImageCollection) or validation.labels is None:
         return
-    counts = numpy.zeros(len(training.classes), dtype=numpy.int64)  # the other split may know the first of them only
-    counts[: len(validation.classes)] = _images_of_classes(validation, validation.labels)
+    counts = images_of_classes(validation.labels, training)
     if not counts.any():
         raise UserError(f"{validation.name} has no image of any class, so no figure can be given: add some")
-    missing = [name for name, count in zip(training.classes, counts.tolist(), strict=True) if not count]
-    if missing:
-        have = "has" if len(missing) == 1 else "have"
-        text = f"{len(missing)} of {len(training.classes)} classes {have} no validation image and no figure"
-        validation.findings.append(listed(f"{text}, such as {missing[0]}", missing))
+    validation.findings += _empty_classes(training.classes, counts, "no validation image and no figure")
     if isinstance(training, ImageCollection):
         validation.findings += repeated_images(training, validation)
 
 
-def _images_of_classes(source: ImageCollection, labels: numpy.ndarray) -> numpy.ndarray:
-    """How many images each class has, (classes,)."""
-    if source.multi_label:
-        return labels.sum(axis=0)
-    return numpy.bincount(labels, minlength=len(source.classes))[: len(source.classes)]
+def images_of_classes(labels: numpy.ndarray, training: ImageCollection | ImageStream) -> numpy.ndarray:
+    """How many images of these labels each of training's classes has, (classes,).
+
+    labels: (N,) numbers, or (N, C) of 0 and 1 for the first C classes: another split may know the first of them only.
+    """
+    counts = numpy.zeros(len(training.classes), dtype=numpy.int64)
+    known = labels.sum(axis=0) if labels.ndim == 2 else numpy.bincount(labels, minlength=len(counts))[: len(counts)]
+    counts[: len(known)] = known
+    return counts
+
+
+def _empty_classes(classes: Sequence[str], counts: numpy.ndarray, what: str) -> list[Finding]:
+    """A finding if some classes have no image; what: what they have none of, and what follows."""
+    empty = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
+    if not empty:
+        return []
+    have = "has" if len(empty) == 1 else "have"
+    return [listed(f"{len(empty)} of {len(classes)} classes {have} {what}, such as {empty[0]}", empty)]
 
 
 def _check_labels(source: ImageCollection, labels: numpy.ndarray, is_training: bool) -> None:
@@ -146,14 +154,10 @@ def _check_labels(source: ImageCollection, labels: numpy.ndarray, is_training: b
             )
     if not is_training:
         return
-    counts = _images_of_classes(source, labels)
+    counts = images_of_classes(labels, source)
     if (counts > 0).sum() < (1 if source.multi_label else 2):
         raise UserError(f"{source.name} has images of fewer classes than can be told apart: add images of others")
-    empty = [name for name, count in zip(source.classes, counts.tolist(), strict=True) if not count]
-    if empty:
-        have = "has" if len(empty) == 1 else "have"
-        text = f"{len(empty)} of {len(source.classes)} classes {have} no training image and will not be learned"
-        source.findings.append(listed(f"{text}, such as {empty[0]}", empty))
+    source.findings += _empty_classes(source.classes, counts, "no training image and will not be learned")
 
 
 def _open_table(file: Path, split: str, classes: Sequence[str] | None, multi_label: bool) -> ImageCollection:

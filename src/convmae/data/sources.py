@@ -67,6 +67,11 @@ class ImageCollection:
     def __len__(self) -> int:
         return len(self._reader)
 
+    def evenly_spread(self, most: int) -> list[int]:
+        """Numbers of at most so many images, evenly spread over all, rising."""
+        count = min(most, len(self))
+        return [number * len(self) // count for number in range(count)]
+
     def open(self, index: int) -> BinaryIO:
         """The encoded image number `index`, 0 <= index < len(self); the caller closes it."""
         return self._reader[index][0]

@@ -139,5 +139,4 @@ def _decodes_on_device(
 def _examples(source: ImageCollection, crop: RandomCrop, seed: int) -> list[Tensor]:
     """Crops, uint8 (C, H, W) each, of six images, evenly spread: those that every picture of the run shows."""
     images = TrainingImages(source, crop, seed)
-    count = min(_EXAMPLES, len(images))
-    return [images[0, number * len(images) // count][0]["image"] for number in range(count)]
+    return [images[0, index][0]["image"] for index in source.evenly_spread(_EXAMPLES)]

@@ -24,9 +24,7 @@ def draw_examples(path: Path, network: Detector, validation: CocoImages, decodin
     device = next(network.parameters()).device
     network.eval()
     pictures: list[DrawnPicture] = []
-    count = min(_EXAMPLES, len(validation))
-    for number in range(count):
-        index = number * len(validation) // count
+    for index in validation.evenly_spread(_EXAMPLES):
         try:
             with validation.open(index) as file:
                 sample = as_judged(file)

@@ -18,9 +18,7 @@ def draw_examples(path: Path, network: Segmenter, validation: SegmentationImages
     """Save a picture of six images of `validation`, evenly spread; nothing where none of them can be decoded."""
     network.eval()
     pictures: list[SegmentedPicture] = []
-    count = min(_EXAMPLES, len(validation))
-    for number in range(count):
-        index = number * len(validation) // count
+    for index in validation.evenly_spread(_EXAMPLES):
         try:
             with validation.open(index) as file:
                 sample = infer.transform(file, validation.annotation(index))
